@@ -1,0 +1,74 @@
+"""Bilevel optimization in PyTorch: hypergradients that are correct and say how correct.
+
+Define a problem, choose an inner solver, a hypergradient method and a linear solver, and call
+`hypergradient`.
+"""
+
+from .argmin import argmin
+from .check import HypergradientCheck, LeafCheck, assert_hypergradient, check_hypergradient
+from .errors import (
+    BilevelError,
+    BilevelWarning,
+    DependenceError,
+    InPlaceError,
+    NotDifferentiableError,
+    ObjectiveError,
+    RandomnessError,
+    SolveError,
+    StructureError,
+)
+from .hypergradient import Diagnostics, Hypergradient, SolveReport, State, hypergradient
+from .inner_solver import InnerSolver
+from .linear_solver import LinearSolution, LinearSolver
+from .method import Estimate, HypergradientMethod, ImplicitMethod
+from .problem import BilevelProblem, Structure, problem_from
+from .regularizer import Proximal
+from .solve import InnerSolution, solve_inner
+from .stateless import stateless
+from .status import Status
+from .stream import Stream
+from .task import Task, TaskBatch
+from .trainer import Record, Trainer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BilevelError",
+    "BilevelProblem",
+    "BilevelWarning",
+    "DependenceError",
+    "Diagnostics",
+    "Estimate",
+    "Hypergradient",
+    "HypergradientCheck",
+    "HypergradientMethod",
+    "ImplicitMethod",
+    "InPlaceError",
+    "InnerSolution",
+    "InnerSolver",
+    "LeafCheck",
+    "LinearSolution",
+    "LinearSolver",
+    "NotDifferentiableError",
+    "ObjectiveError",
+    "Proximal",
+    "RandomnessError",
+    "Record",
+    "SolveError",
+    "SolveReport",
+    "State",
+    "Status",
+    "Stream",
+    "Structure",
+    "StructureError",
+    "Task",
+    "TaskBatch",
+    "Trainer",
+    "argmin",
+    "assert_hypergradient",
+    "check_hypergradient",
+    "hypergradient",
+    "problem_from",
+    "solve_inner",
+    "stateless",
+]

@@ -1,0 +1,338 @@
+"""A problem on stacked tasks, as functions of one flat inner tensor ``[tasks, n]``.
+
+Solvers see this and nothing of pytrees, objectives or stacking. The outer variable stays a tuple
+of leaves, shared by all tasks, or one copy per task where per-task gradients are asked for.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import ObjectiveError
+from .problem import BilevelProblem
+from .pytree import PyTree, VectorSpec, check_floating, leaf_names, tree_flatten, tree_unflatten
+from .regularizer import Proximal, check_strength
+from .rows import norm
+from .stacking import Stacking
+from .stream import LINEARISED, Stream
+from .task import TaskBatch
+
+__all__ = ["FlatProblem", "Outer"]
+
+
+@dataclass(frozen=True)
+class Outer:
+    """The outer variable: leaves, their structure and names, shared or one copy per task."""
+
+    leaves: tuple[Tensor, ...]
+    spec: Any
+    names: tuple[str, ...]
+    per_task: bool = False
+
+    @classmethod
+    def of(cls, tree: PyTree) -> Outer:
+        """Read a pytree of floating tensors.
+
+        Raises:
+            ValueError: There is no leaf, or a leaf is no floating tensor; the leaf is named.
+        """
+        leaves, spec = tree_flatten(tree)
+        names = leaf_names(tree, "outer")
+        if not leaves:
+            raise ValueError("`outer` holds no tensor; pass at least one floating leaf")
+        for name, leaf in zip(names, leaves, strict=True):
+            check_floating(leaf, name)
+        return cls(tuple(leaves), spec, tuple(names))
+
+    @property
+    def tree(self) -> PyTree:
+        """The pytree."""
+        return tree_unflatten(self.leaves, self.spec)
+
+    def with_leaves(self, leaves: Sequence[Tensor]) -> Outer:
+        """The same variable with other leaves."""
+        return replace(self, leaves=tuple(leaves))
+
+    def detached(self) -> Outer:
+        """Without gradient."""
+        return self.with_leaves([leaf.detach() for leaf in self.leaves])
+
+    def differentiable(self) -> Outer:
+        """Fresh leaves that require grad, sharing memory with these."""
+        return self.with_leaves([leaf.detach().requires_grad_() for leaf in self.leaves])
+
+    def expanded(self, count: int) -> Outer:
+        """One copy per task (a view until a gradient is taken)."""
+        leaves = [leaf.expand(count, *leaf.shape) for leaf in self.leaves]
+        return replace(self, leaves=tuple(leaves), per_task=True)
+
+
+@dataclass(frozen=True)
+class FlatProblem:
+    """One bilevel problem with its outer variable and stacked tasks.
+
+    Attributes:
+        outer: Outer leaves; they require grad where ``differentiable``.
+        tasks: The stacked tasks.
+        vector: Layout of the inner variable of one task.
+        start: The initial inner point ``[tasks, n]``, detached.
+        start_is_constant: Whether it was given, rather than a function of ``outer``.
+        step: The inner step whose batch is used; `LINEARISED` for residuals and linearisation.
+        differentiable: Whether gradients keep their graph.
+        counts: Evaluations so far, shared by all copies: ``gradients``, ``products``, ``values``,
+            each counted once per task.
+        notes: ``first_residual``: norm of the first stationarity evaluated, ``[tasks]``.
+    """
+
+    problem: BilevelProblem
+    outer: Outer
+    tasks: TaskBatch
+    vector: VectorSpec
+    stacking: Stacking
+    start: Tensor
+    start_is_constant: bool = False
+    step: int = LINEARISED
+    differentiable: bool = False
+    counts: Counter[str] = field(default_factory=Counter)
+    notes: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, problem: BilevelProblem, outer: Outer, tasks: TaskBatch, inner: PyTree = None
+    ) -> FlatProblem:
+        """Lay out the problem: find the inner variable's structure from its initial point.
+
+        Args:
+            problem: The bilevel problem.
+            outer: The outer variable.
+            tasks: The stacked tasks.
+            inner: A constant point to start from instead of `initial_inner`, with a leading
+                dimension of tasks.
+        """
+        stacking = _stacking(problem)
+        detached = outer.detached()
+        if inner is None:
+            start, vector = _initial_inner(problem, detached, tasks, stacking)
+        else:
+            start, vector = _flatten_stacked(inner, "inner")
+            if len(start) != tasks.count:
+                raise ValueError(
+                    f"`inner` holds {len(start)} tasks but `task` holds {tasks.count}; pass one "
+                    "starting point per task, stacked along dimension 0"
+                )
+            start = start.detach()
+        flat = cls(problem, detached, tasks, vector, stacking, start, inner is not None)
+        strength = flat._strength
+        if strength is not None and callable(_regularizer(problem).strength):
+            try:
+                check_strength(strength, "Proximal's strength")
+            except ValueError as error:
+                raise ObjectiveError(str(error)) from error
+        return flat
+
+    # Size and place
+
+    @property
+    def count(self) -> int:
+        """Number of tasks."""
+        return self.tasks.count
+
+    @property
+    def n(self) -> int:
+        """Length of one task's inner variable."""
+        return self.vector.n
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the inner variable."""
+        return self.vector.device
+
+    # Copies
+
+    def with_outer(self, outer: Outer, *, differentiable: bool) -> FlatProblem:
+        """The same problem at another outer variable."""
+        return replace(self, outer=outer, differentiable=differentiable)
+
+    def select(self, index: Tensor) -> FlatProblem:
+        """The tasks at ``index``."""
+        outer = self.outer
+        if outer.per_task:
+            outer = outer.with_leaves([leaf[index.to(leaf.device)] for leaf in outer.leaves])
+        start = self.start[index.to(self.device)]
+        tasks = self.tasks.select(index)
+        return replace(self, outer=outer, tasks=tasks, start=start, notes={})
+
+    def at(self, step: int) -> FlatProblem:
+        """The problem of one inner step: with the batch that a `Stream` draws for it."""
+        return replace(self, step=step) if isinstance(self.tasks.inner_batch, Stream) else self
+
+    def expanded(self) -> FlatProblem:
+        """With one copy of the outer variable per task."""
+        return replace(self, outer=self.outer.expanded(self.count))
+
+    # Functions of z, [tasks, n]
+
+    def initial(self) -> Tensor:
+        """The initial inner point ``[tasks, n]``, with its graph where differentiable."""
+        if self.start_is_constant or not self.differentiable:
+            return self.start
+        return _initial_inner(self.problem, self.outer, self.tasks, self.stacking)[0]
+
+    def value(self, z: Tensor) -> Tensor:
+        """Inner objective with the regularizer, ``[tasks]``; NaN for an equilibrium, which has none."""
+        if self.problem.is_equilibrium:
+            return z.new_full((self.count,), float("nan"))
+        self.counts["values"] += self.count
+        value = self._objective(z)
+        if self._strength is None:
+            return value
+        return value + 0.5 * (self._strength * (z - self._center) ** 2).sum(-1)
+
+    def gradient(self, z: Tensor) -> Tensor:
+        """The stationarity ∂_z G ``[tasks, n]``; it keeps its graph where ``differentiable``."""
+        return self.value_and_gradient(z)[1]
+
+    def value_and_gradient(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """G ``[tasks]`` (detached; NaN for an equilibrium) and its stationarity ``[tasks, n]``."""
+        self.counts["gradients"] += self.count
+        if not (self.differentiable and z.requires_grad):
+            z = z.detach().requires_grad_(not self.problem.is_equilibrium or self.differentiable)
+        if self.problem.is_equilibrium:
+            with torch.set_grad_enabled(self.differentiable):
+                gradient = self._stationarity(z)
+                value = z.new_full((self.count,), float("nan"))
+        else:
+            # vmap sees the objective only; differentiating its sum from outside is exact, where
+            # reverse-differentiating vmap(grad) is wrong for normalisation layers.
+            with torch.enable_grad():
+                values = self._objective(z)
+                (gradient,) = torch.autograd.grad(
+                    values.sum(), z, create_graph=self.differentiable
+                )
+            value = values.detach()
+        if self._strength is not None:
+            with torch.set_grad_enabled(self.differentiable):
+                offset = z - self._center
+                gradient = gradient + self._strength * offset
+            with torch.no_grad():
+                value = value + 0.5 * (self._strength * offset**2).sum(-1)
+        if "first_residual" not in self.notes:
+            self.notes["first_residual"] = norm(gradient.detach())
+        return value, gradient
+
+    def outer_value(self, z: Tensor) -> Tensor:
+        """Outer objective f ``[tasks]``."""
+        self.counts["values"] += self.count
+        return self._scalar("outer_objective", z, self.tasks.outer_batch)
+
+    def metrics(self, z: Tensor) -> dict[str, Tensor]:
+        """The problem's own metrics, ``[tasks]`` each."""
+        with torch.no_grad():
+            result = self._call("metrics", z.detach(), self.tasks.outer_batch)
+        assert isinstance(result, dict)
+        return result
+
+    # Insides
+
+    @property
+    def batch(self) -> PyTree:
+        """The inner batch at hand."""
+        batch = self.tasks.inner_batch
+        return batch.draw(self.step) if isinstance(batch, Stream) else batch
+
+    def _objective(self, z: Tensor) -> Tensor:
+        return self._scalar("inner_objective", z, self.batch)
+
+    def _stationarity(self, z: Tensor) -> Tensor:
+        tree = self._call("stationarity", z, self.batch)
+        return self.vector.flatten(tree, batch_dims=1)
+
+    def _scalar(self, name: str, z: Tensor, batch: PyTree) -> Tensor:
+        value = self._call(name, z, batch)
+        assert isinstance(value, Tensor)
+        return value
+
+    def _call(self, name: str, z: Tensor, batch: PyTree) -> PyTree:
+        method = getattr(self.problem, name)
+
+        def one_task(vector: Tensor, outer: PyTree, data: PyTree) -> PyTree:
+            return method(self.vector.unflatten(vector), outer, data)
+
+        return self.stacking(
+            one_task,
+            (z, self.outer.tree, batch),
+            (True, self.outer.per_task, True),
+            self.count,
+            name,
+        )
+
+    @cached_property
+    def _center(self) -> Tensor:
+        regularizer = _regularizer(self.problem)
+        return self._of_outer(lambda outer: regularizer.center_vector(outer, self.vector), "center")
+
+    @cached_property
+    def _strength(self) -> Tensor | None:
+        """0-d, ``[n]``, or with a leading dimension of tasks."""
+        if self.problem.regularizer is None:
+            return None
+        regularizer = self.problem.regularizer
+        strength = self._of_outer(
+            lambda outer: regularizer.strength_vector(outer, self.vector), "strength"
+        )
+        return strength.unsqueeze(-1) if strength.ndim == 1 and self.outer.per_task else strength
+
+    def _of_outer(self, function: Any, name: str) -> Tensor:
+        with torch.set_grad_enabled(self.differentiable):
+            if not self.outer.per_task:
+                result = function(self.outer.tree)
+            else:
+                result = self.stacking(function, (self.outer.tree,), (True,), self.count, name)
+        assert isinstance(result, Tensor)
+        return result
+
+
+def _regularizer(problem: BilevelProblem) -> Proximal:
+    assert problem.regularizer is not None
+    return problem.regularizer
+
+
+def _stacking(problem: BilevelProblem) -> Stacking:
+    """The problem's own record of what vmap refused; kept on the instance, not globally."""
+    record = problem.__dict__.get("_stacking")
+    if not isinstance(record, Stacking) or record.mode != problem.stacking:
+        record = Stacking(problem.stacking)
+        problem.__dict__["_stacking"] = record
+    return record
+
+
+def _initial_inner(
+    problem: BilevelProblem, outer: Outer, tasks: TaskBatch, stacking: Stacking
+) -> tuple[Tensor, VectorSpec]:
+    batch = tasks.inner_batch
+    batch = batch.draw(LINEARISED) if isinstance(batch, Stream) else batch
+    tree = stacking(
+        problem.initial_inner,
+        (outer.tree, batch),
+        (outer.per_task, True),
+        tasks.count,
+        "initial_inner",
+    )
+    try:
+        return _flatten_stacked(tree, "inner")
+    except ValueError as error:
+        raise ObjectiveError(f"`initial_inner`: {error}") from error
+
+
+def _flatten_stacked(tree: PyTree, name: str) -> tuple[Tensor, VectorSpec]:
+    leaves, spec = tree_flatten(tree)
+    one = [x[0] if isinstance(x, Tensor) and x.ndim else x for x in leaves]
+    vector = VectorSpec.of(tree_unflatten(one, spec), name)
+    return vector.flatten(tree, batch_dims=1), vector

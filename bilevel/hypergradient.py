@@ -1,0 +1,546 @@
+"""The one verb: `hypergradient`, and the result that says how far it can be trusted."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .errors import BilevelWarning, DependenceError, SolveError
+from .flat import FlatProblem, Outer
+from .inner_solver import InnerReport, InnerSolver
+from .linear_solver import LinearSolution
+from .method import Estimate, HypergradientMethod, ImplicitMethod, Start
+from .probe import probe
+from .problem import BilevelProblem
+from .pytree import PyTree, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from .status import Status, members
+from .task import Task, TaskBatch, group_by_shape
+
+__all__ = ["Diagnostics", "Hypergradient", "SolveReport", "State", "hypergradient"]
+
+
+@dataclass(frozen=True)
+class SolveReport:
+    """How a solve ended, task by task.
+
+    Attributes:
+        status: One `Status` per task.
+        residual: Inner: ‖∂_z G‖, absolute. Linear: relative to ‖∂_z f‖. ``[tasks]``, float64.
+        steps: Steps taken, ``[tasks]``.
+        curvature: Linear only: smallest and largest Rayleigh quotient met, ``[tasks, 2]``; NaN
+            where none was.
+    """
+
+    status: tuple[Status, ...]
+    residual: Tensor
+    steps: Tensor
+    curvature: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Diagnostics:
+    """What there is to know about a hypergradient beside its value.
+
+    Attributes:
+        inner: How the inner solve ended.
+        linear: How the adjoint solve ended; None for methods without one.
+        counts: Evaluations summed over tasks: ``gradients`` of the inner objective, curvature
+            ``products``, objective ``values``.
+        unused: Names of outer leaves on which nothing depends; their gradient is zero.
+        failed: Positions of tasks that were left out of the mean.
+    """
+
+    inner: SolveReport
+    linear: SolveReport | None
+    counts: dict[str, int]
+    unused: tuple[str, ...] = ()
+    failed: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class State:
+    """What one call leaves for the next: warm starts. Detached; solvers hold none themselves.
+
+    Attributes:
+        inner: Inner points, one ``[tasks, n]`` for each group of equal shapes.
+        adjoint: Adjoints likewise, None for methods without one.
+    """
+
+    inner: tuple[Tensor, ...]
+    adjoint: tuple[Tensor | None, ...]
+
+
+@dataclass(frozen=True)
+class Hypergradient:
+    """A hypergradient and how far it can be trusted.
+
+    Attributes:
+        gradient: Pytree like ``outer``: the weighted mean over usable tasks, or, with
+            ``reduction="none"``, per task along dimension 0.
+        inner: The inner solution, like the task it was computed for: a pytree for a `Task`, stacked
+            for a `TaskBatch`, a list of pytrees for a list.
+        outer_value: f at the inner solution, ``[tasks]``.
+        inner_value: G at the inner solution, ``[tasks]``; NaN for equilibria.
+        metrics: The problem's own, ``[tasks]`` each.
+        status: The worst `Status` of each task.
+        state: Warm starts for the next call.
+        diagnostics: Residuals, steps, curvature and counts.
+    """
+
+    gradient: PyTree
+    inner: PyTree
+    outer_value: Tensor
+    inner_value: Tensor
+    metrics: dict[str, Tensor]
+    status: tuple[Status, ...]
+    state: State
+    diagnostics: Diagnostics
+    _spec: object = field(repr=False, default=None)
+
+    @property
+    def ok(self) -> bool:
+        """Every task is CONVERGED, or BUDGET where no tolerance was set."""
+        return all(status.ok for status in self.status)
+
+    def set_grad(self, outer: PyTree) -> None:
+        """Write the gradient into ``.grad`` of the leaves of ``outer``.
+
+        Raises:
+            ValueError: ``outer`` has another structure or shapes than the gradient.
+        """
+        leaves, spec = tree_flatten(outer)
+        gradients = tree_leaves(self.gradient)
+        if spec != self._spec or any(
+            a.shape != b.shape for a, b in zip(leaves, gradients, strict=True)
+        ):
+            raise ValueError(
+                "`outer` differs in structure or shapes from the variable this hypergradient was "
+                "taken for; pass the same one, and reduction='mean'"
+            )
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            leaf.grad = gradient.detach().clone()
+
+    def summary(self) -> str:
+        """The statuses in words: how many tasks, what was found, what to do."""
+        return describe_status(self.status)
+
+    def __repr__(self) -> str:
+        worst = max(self.status)
+        residual = self.diagnostics.inner.residual.max().item()
+        linear = self.diagnostics.linear
+        adjoint = "" if linear is None else f", linear residual {linear.residual.max().item():.1e}"
+        return (
+            f"Hypergradient({len(self.status)} task{'s' * (len(self.status) != 1)}, worst status "
+            f"{worst.name}, inner residual {residual:.1e}{adjoint})"
+        )
+
+
+def hypergradient(
+    problem: BilevelProblem,
+    outer: PyTree,
+    task: Task | TaskBatch | Sequence[Task] | None = None,
+    *,
+    inner_solver: InnerSolver | None,
+    method: HypergradientMethod,
+    inner: PyTree = None,
+    state: State | None = None,
+    reduction: Literal["mean", "none"] = "mean",
+) -> Hypergradient:
+    r"""Compute the hypergradient of $F(x) = f(x, z^\star(x))$, the mean over tasks.
+
+    $$\frac{dF}{dx} = \partial_x f - (\partial_x \partial_z G)^\top v, \qquad
+      (\partial^2_{zz} G)\, v = \partial_z f$$
+
+    (implicit methods; Pedregosa, 2016, eq. 2; Rajeswaran et al., 2019, eq. 6 is the instance with
+    the proximal regularizer at the identity). Tasks whose status is DIVERGED or NON_FINITE are
+    left out of the mean and named in ``diagnostics.failed``.
+
+    Args:
+        problem: The problem, written for one task.
+        outer: The outer variable x, a pytree of floating tensors. It is not changed.
+        task: A `Task`, stacked tasks, or a list of tasks of any shapes (stacked by shape inside).
+            None: one task without data.
+        inner_solver: Finds z*. None: ``inner`` is the solution already.
+        method: How the hypergradient is computed.
+        inner: A constant point to start from instead of `initial_inner`: a pytree like the inner
+            variable for a `Task`, stacked for a `TaskBatch`, a list for a list.
+        state: ``state`` of an earlier result on the same tasks: warm starts.
+        reduction: ``"mean"``, or ``"none"`` for one gradient per task.
+
+    Raises:
+        SolveError: No task has a usable hypergradient; nothing is returned.
+        DependenceError: Nothing depends on ``outer``.
+        ObjectiveError: A user's function returns something of the wrong kind.
+        ValueError: An argument has the wrong kind, shape or value; it is named.
+
+    Example:
+        >>> import torch
+        >>> from bilevel import Proximal, hypergradient, problem_from
+        >>> from bilevel.solvers import GradientDescent, ImplicitCG
+        >>> problem = problem_from(
+        ...     lambda z, x, batch: 0.5 * (z**2).sum(),
+        ...     lambda z, x, batch: z.sum(),
+        ...     Proximal(1.0),
+        ... )
+        >>> result = hypergradient(
+        ...     problem,
+        ...     torch.ones(3),
+        ...     inner_solver=GradientDescent(lr=0.5, max_steps=100, tol=1e-6),
+        ...     method=ImplicitCG(),
+        ... )
+        >>> result.gradient
+        tensor([0.5000, 0.5000, 0.5000])
+        >>> result.ok
+        True
+    """
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"`reduction` is {reduction!r}; pass 'mean' or 'none'")
+    check_problem(problem, inner_solver, method, inner)
+    variable = Outer.of(outer)
+    groups = group(task, inner)
+    if state is not None and len(state.inner) != len(groups):
+        raise ValueError(
+            f"`state` holds {len(state.inner)} groups of tasks but `task` has {len(groups)}; pass "
+            "the state of a call on the same tasks"
+        )
+    parts = [
+        _group_hypergradient(
+            problem,
+            variable,
+            one,
+            inner_solver,
+            method,
+            _start(state, i),
+            per_task=reduction == "none",
+        )
+        for i, one in enumerate(groups)
+    ]
+    return _assemble(variable, task, groups, parts, method, reduction)
+
+
+# Tasks of one shape
+
+
+@dataclass(frozen=True)
+class Group:
+    """Stacked tasks of one shape, their positions in the user's list, and their start."""
+
+    tasks: TaskBatch
+    positions: list[int]
+    inner: PyTree
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The hypergradient of one group; ``estimate`` is that of all tasks, failed ones included."""
+
+    flat: FlatProblem
+    estimate: Estimate
+    status: Tensor
+    gradient: tuple[Tensor | None, ...]
+    weight: float
+
+
+def check_problem(
+    problem: object, inner_solver: object, method: object, inner: PyTree
+) -> None:
+    """Check the kinds of the arguments that every verb shares.
+
+    Raises:
+        ValueError: One is of the wrong kind, or there is no inner solution.
+    """
+    for name, value, kind in (
+        ("problem", problem, BilevelProblem),
+        ("method", method, HypergradientMethod),
+    ):
+        if not isinstance(value, kind):
+            what = value.__name__ + " (a class)" if isinstance(value, type) else type(value).__name__
+            raise ValueError(f"`{name}` is a {what}; pass an instance of {kind.__name__}")
+    if inner_solver is None:
+        if inner is None:
+            raise ValueError(
+                "`inner_solver` is None but no `inner` is given; pass a solver, or the solution"
+            )
+    elif not isinstance(inner_solver, InnerSolver):
+        what = type(inner_solver).__name__
+        raise ValueError(f"`inner_solver` is a {what}; pass an InnerSolver, or None with `inner`")
+
+
+def group(task: Task | TaskBatch | Sequence[Task] | None, inner: PyTree) -> list[Group]:
+    """Stack whatever was passed as ``task`` into groups of one shape."""
+    if task is None:
+        task = Task()
+    if isinstance(task, Task):
+        return [Group(Task.stack([task]), [0], lift(inner))]
+    if isinstance(task, TaskBatch):
+        return [Group(task, list(range(task.count)), inner)]
+    if not isinstance(task, list | tuple):
+        raise ValueError(
+            f"`task` is a {type(task).__name__}; pass a Task, a TaskBatch or a list of Task"
+        )
+    if inner is not None and (not isinstance(inner, list | tuple) or len(inner) != len(task)):
+        raise ValueError("`inner` must be a list with one point per task where `task` is a list")
+    return [
+        Group(tasks, where, None if inner is None else stack_trees([inner[i] for i in where]))
+        for tasks, where in group_by_shape(task)
+    ]
+
+
+def _start(state: State | None, i: int) -> Start:
+    return Start() if state is None else Start(state.inner[i], state.adjoint[i])
+
+
+def _group_hypergradient(
+    problem: BilevelProblem,
+    outer: Outer,
+    one: Group,
+    inner_solver: InnerSolver | None,
+    method: HypergradientMethod,
+    start: Start,
+    *,
+    per_task: bool,
+) -> _Part:
+    flat = FlatProblem.of(problem, outer, one.tasks, one.inner)
+    probe(flat)
+    for name, value in (("inner", start.inner), ("adjoint", start.adjoint)):
+        if value is not None and value.shape != flat.start.shape:
+            raise ValueError(
+                f"`state.{name}` is {tuple(value.shape)} but the tasks need "
+                f"{tuple(flat.start.shape)}; pass the state of a call on the same tasks"
+            )
+    if per_task:
+        flat = flat.expanded()
+    assert one.tasks.weights is not None
+    weights = one.tasks.weights.to(flat.device)
+    if per_task:
+        weights = torch.ones_like(weights)
+    estimate = method(flat, inner_solver, weights, start)
+    status = _with_gradient_status(estimate, per_task)
+    if bool((status < Status.DIVERGED).all()) and _finite(estimate.gradient):
+        return _Part(flat, estimate, status, estimate.gradient, float(weights.sum()))
+    if per_task:
+        return _Part(flat, estimate, status, estimate.gradient, 1.0)
+    return _without_failed(flat, inner_solver, method, weights, start, estimate, status)
+
+
+def _without_failed(
+    flat: FlatProblem,
+    inner_solver: InnerSolver | None,
+    method: HypergradientMethod,
+    weights: Tensor,
+    start: Start,
+    estimate: Estimate,
+    status: Tensor,
+) -> _Part:
+    """Compute again without the failed tasks: zero times NaN is NaN, so weights cannot hide them."""
+    if bool((status < Status.DIVERGED).all()):
+        # All solves are fine but the sum is not finite: ask each task for its own gradient.
+        single = method(flat.expanded(), inner_solver, torch.ones_like(weights), start)
+        status = _with_gradient_status(single, per_task=True)
+    good = (status < Status.DIVERGED).nonzero().squeeze(-1)
+    gradient: tuple[Tensor | None, ...] = (None,) * len(flat.outer.leaves)
+    if len(good):
+        pick = Start(
+            *(None if x is None else x[good] for x in (start.inner, start.adjoint))
+        )
+        gradient = method(flat.select(good), inner_solver, weights[good], pick).gradient
+    return _Part(flat, estimate, status, gradient, float(weights[good].sum()))
+
+
+def _with_gradient_status(estimate: Estimate, per_task: bool) -> Tensor:
+    status = estimate.status
+    if not per_task:
+        return status
+    for leaf in estimate.gradient:
+        if leaf is not None:
+            finite = leaf.reshape(leaf.shape[0], -1).isfinite().all(-1).to(status.device)
+            status = torch.where(finite, status, int(Status.NON_FINITE)).to(torch.int8)
+    return status
+
+
+def _finite(gradient: Sequence[Tensor | None]) -> bool:
+    return all(bool(leaf.isfinite().all()) for leaf in gradient if leaf is not None)
+
+
+# All groups together
+
+
+def _assemble(
+    outer: Outer,
+    task: Task | TaskBatch | Sequence[Task] | None,
+    groups: list[Group],
+    parts: list[_Part],
+    method: HypergradientMethod,
+    reduction: str,
+) -> Hypergradient:
+    order = torch.tensor([p for one in groups for p in one.positions]).argsort()
+
+    def in_order(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.cat([tensor.detach() for tensor in tensors])[order.to(tensors[0].device)]
+
+    status = members(in_order([part.status for part in parts]))
+    failed = tuple(i for i, s in enumerate(status) if not s.usable)
+    if len(failed) == len(status):
+        raise SolveError(
+            f"no task has a usable hypergradient; {describe_status(status)} "
+            "`outer` is unchanged."
+        )
+    unused = _check_dependence(outer, parts, method)
+    if reduction == "mean":
+        gradient = _mean(outer, parts)
+    else:
+        gradient = _per_task(outer, parts, in_order)
+    inner_report = _report([part.estimate.inner for part in parts], in_order)
+    linear = [part.estimate.linear for part in parts]
+    counts: dict[str, int] = {}
+    for part in parts:
+        for key, value in part.flat.counts.items():
+            counts[key] = counts.get(key, 0) + value
+    metrics = [part.flat.metrics(part.estimate.z) for part in parts]
+    return Hypergradient(
+        gradient=tree_unflatten(gradient, outer.spec),
+        inner=_inner(task, groups, parts),
+        outer_value=in_order([part.estimate.outer_value for part in parts]),
+        inner_value=in_order([part.estimate.inner_value for part in parts]),
+        metrics={key: in_order([one[key] for one in metrics]) for key in metrics[0]},
+        status=status,
+        state=State(
+            tuple(part.estimate.z for part in parts),
+            tuple(None if one is None else one.value.detach() for one in linear),
+        ),
+        diagnostics=Diagnostics(
+            inner=inner_report,
+            linear=_report([one for one in linear if one is not None], in_order)
+            if all(one is not None for one in linear)
+            else None,
+            counts=counts,
+            unused=unused,
+            failed=failed,
+        ),
+        _spec=outer.spec,
+    )
+
+
+def _mean(outer: Outer, parts: list[_Part]) -> list[Tensor]:
+    total = math.fsum(part.weight for part in parts)
+    if total == 0.0:
+        raise SolveError("the weights of all usable tasks are zero; give one a weight > 0")
+    out = []
+    for j, leaf in enumerate(outer.leaves):
+        terms = [part.gradient[j] for part in parts]
+        found = [term for term in terms if term is not None]
+        out.append(sum(found[1:], found[0]) / total if found else torch.zeros_like(leaf))
+    return [leaf.detach() for leaf in out]
+
+
+def _per_task(outer: Outer, parts: list[_Part], in_order: object) -> list[Tensor]:
+    assert callable(in_order)
+    out = []
+    for j, leaf in enumerate(outer.leaves):
+        terms = []
+        for part in parts:
+            term = part.gradient[j]
+            terms.append(leaf.new_zeros(part.flat.count, *leaf.shape) if term is None else term)
+        out.append(in_order(terms))
+    return out
+
+
+def _check_dependence(
+    outer: Outer, parts: list[_Part], method: HypergradientMethod
+) -> tuple[str, ...]:
+    used = [any(part.gradient[j] is not None for part in parts) for j in range(len(outer.names))]
+    unused = tuple(name for name, flag in zip(outer.names, used, strict=True) if not flag)
+    implicit = isinstance(method, ImplicitMethod)
+    constant = implicit and not any(part.estimate.inner_depends for part in parts)
+    cure = (
+        "add a regularizer, Proximal(strength), whose center is `outer`, or use Unrolled or "
+        "FirstOrder, which differentiate through `initial_inner`"
+        if implicit
+        else "use `outer` in `inner_objective` or `outer_objective`"
+    )
+    if len(unused) == len(outer.names):
+        raise DependenceError(
+            "neither the inner solution nor the outer objective depends on `outer`, so the "
+            f"hypergradient is zero everywhere: {cure}"
+        )
+    if constant:
+        warnings.warn(
+            "the inner problem does not depend on `outer`: its solution is constant, and the "
+            f"hypergradient is ∂f/∂outer alone: {cure}",
+            BilevelWarning,
+            stacklevel=4,
+        )
+    if unused:
+        warnings.warn(
+            f"nothing depends on {', '.join(f'`{name}`' for name in unused)}; the gradient there "
+            "is zero: use it in an objective, or leave it out of `outer`",
+            BilevelWarning,
+            stacklevel=4,
+        )
+    return unused
+
+
+def _report(
+    reports: Sequence[InnerReport | LinearSolution], in_order: object
+) -> SolveReport:
+    assert callable(in_order)
+    curvature = None
+    if all(isinstance(one, LinearSolution) for one in reports):
+        curvature = in_order(
+            [
+                torch.stack([one.curvature_min, one.curvature_max], -1)
+                for one in reports
+                if isinstance(one, LinearSolution)
+            ]
+        )
+    return SolveReport(
+        members(in_order([one.status for one in reports])),
+        in_order([one.residual for one in reports]),
+        in_order([one.steps for one in reports]),
+        curvature,
+    )
+
+
+def _inner(
+    task: Task | TaskBatch | Sequence[Task] | None, groups: list[Group], parts: list[_Part]
+) -> PyTree:
+    trees = [part.flat.vector.unflatten(part.estimate.z) for part in parts]
+    if isinstance(task, TaskBatch):
+        return trees[0]
+    if task is None or isinstance(task, Task):
+        return tree_map(lambda x: x[0], trees[0])
+    out: list[PyTree] = [None] * sum(len(one.positions) for one in groups)
+    for one, tree in zip(groups, trees, strict=True):
+        for i, position in enumerate(one.positions):
+            out[position] = tree_map(lambda x, i=i: x[i], tree)
+    return out
+
+
+# Small parts
+
+
+def lift(tree: PyTree) -> PyTree:
+    """Give every tensor a leading dimension of one task."""
+    return None if tree is None else tree_map(lambda x: x.unsqueeze(0), tree)
+
+
+def stack_trees(trees: Sequence[PyTree]) -> PyTree:
+    """Stack pytrees of one structure along a new dimension 0."""
+    return tree_map(lambda *leaves: torch.stack(leaves), trees[0], *trees[1:])
+
+
+def describe_status(status: Sequence[Status]) -> str:
+    """How many tasks have which status, what it means, and what to do."""
+    sentences = []
+    for kind in sorted(set(status), reverse=True):
+        where = [i for i, s in enumerate(status) if s == kind]
+        which = f"task{'s' * (len(where) > 1)} {', '.join(map(str, where[:8]))}"
+        which += ", …" if len(where) > 8 else ""
+        sentences.append(f"{which}: {kind.name} ({kind.meaning}; {kind.cure})")
+    return "; ".join(sentences) + "."

@@ -1,0 +1,154 @@
+"""The abstract inner solver: its loop over steps, with per-task stopping."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .errors import NotDifferentiableError
+from .flat import FlatProblem
+from .pytree import PyTree, tree_map
+from .rows import norm
+from .status import Status, residual_status
+
+__all__ = ["InnerReport", "InnerSolver"]
+
+DIVERGED_FACTOR = 1e3
+"""A residual that grew by this factor over the first one is a divergence."""
+
+
+@dataclass(frozen=True)
+class InnerReport:
+    """How the inner solve ended; all ``[tasks]``.
+
+    Attributes:
+        status: `Status` codes, int8.
+        residual: ‖∂_z G‖ at the returned point, float64.
+        steps: Steps taken, int64.
+    """
+
+    status: Tensor
+    residual: Tensor
+    steps: Tensor
+
+
+@dataclass(frozen=True)
+class Carry:
+    """What goes from one inner step to the next."""
+
+    z: Tensor
+    state: PyTree
+    active: Tensor
+    steps: Tensor
+
+
+class InnerSolver(ABC):
+    """Minimises the inner objective of stacked tasks; a frozen dataclass of its settings.
+
+    Authors write `_init` and `_step`; a step is differentiable (built from `FlatProblem.gradient`
+    and out-of-place operations), or the class says `differentiable = False`.
+
+    Attributes:
+        max_steps: The most steps taken; all are taken where ``tol`` is None.
+        tol: Absolute tolerance in ‖∂_z G‖, or None to ask for the budget only.
+    """
+
+    differentiable: ClassVar[bool] = True
+    check_every: ClassVar[int] = 10
+    max_steps: int
+    tol: float | None
+
+    def __post_init__(self) -> None:
+        if self.max_steps < 0:
+            raise ValueError(f"`max_steps` is {self.max_steps}; it is a number of steps ≥ 0")
+        if self.tol is not None and not self.tol > 0:
+            raise ValueError(f"`tol` is {self.tol}; pass a tolerance > 0, or None for the budget")
+
+    @abstractmethod
+    def _init(self, flat: FlatProblem, z: Tensor) -> PyTree:
+        """The solver's state before the first step, a pytree of tensors."""
+
+    @abstractmethod
+    def _step(self, flat: FlatProblem, z: Tensor, state: PyTree) -> tuple[Tensor, PyTree]:
+        """One step of every task."""
+
+    def _residual(self, flat: FlatProblem, z: Tensor, state: PyTree) -> Tensor:
+        """‖∂_z G‖ ``[tasks]`` for the stopping test; override where the state knows it."""
+        plain = flat.with_outer(flat.outer.detached(), differentiable=False)
+        return norm(plain.gradient(z.detach()))
+
+    # The loop, used by every hypergradient method
+
+    def begin(self, flat: FlatProblem, z: Tensor) -> Carry:
+        """The carry before the first step."""
+        state = self._init(flat, z)
+        steps = torch.zeros(flat.count, dtype=torch.int64, device=flat.device)
+        active = torch.ones(flat.count, dtype=torch.bool, device=flat.device)
+        if self.tol is not None:
+            active = self._residual(flat, z, state) > self.tol
+        return Carry(z, state, active, steps)
+
+    def advance(self, flat: FlatProblem, carry: Carry, first: int, last: int) -> Carry:
+        """Steps ``first`` to ``last - 1``; finished tasks stay where they are."""
+        for step in range(first, last):
+            if self.tol is not None and step % self.check_every == 0 and not carry.active.any():
+                break
+            z, state = self._step(flat.at(step), carry.z, carry.state)
+            if self.tol is not None:
+                z = torch.where(carry.active.unsqueeze(-1), z, carry.z)
+            steps, active = carry.steps + carry.active, carry.active
+            if self.tol is not None and (step + 1) % self.check_every == 0:
+                active = active & (self._residual(flat, z, state) > self.tol)
+            carry = Carry(z, state, active, steps)
+        return carry
+
+    def solve(self, flat: FlatProblem, z: Tensor | None = None) -> Carry:
+        """All steps, without any graph."""
+        flat = flat.with_outer(flat.outer.detached(), differentiable=False)
+        with torch.no_grad():
+            carry = self.begin(flat, flat.start if z is None else z)
+            return self.advance(flat, carry, 0, self.max_steps)
+
+    def report(self, carry: Carry, residual: Tensor, first_residual: Tensor | None) -> InnerReport:
+        """Judge the returned point by its residual."""
+        target = torch.full_like(residual, 0.0 if self.tol is None else self.tol)
+        status = residual_status(residual, target, asked=self.tol is not None)
+        if first_residual is not None:
+            floor = torch.finfo(carry.z.dtype).eps ** 0.5 * (1.0 + norm(carry.z.detach()))
+            grew = residual > DIVERGED_FACTOR * first_residual + floor
+            grew = grew & (status != Status.CONVERGED) & (status != Status.NON_FINITE)
+            status = torch.where(grew, int(Status.DIVERGED), status).to(torch.int8)
+        finite = carry.z.detach().isfinite().all(-1)
+        status = torch.where(finite, status, int(Status.NON_FINITE)).to(torch.int8)
+        return InnerReport(status, residual, carry.steps)
+
+    def require_differentiable(self) -> None:
+        """Raise unless `_step` can be differentiated.
+
+        Raises:
+            NotDifferentiableError: It cannot.
+        """
+        if not self.differentiable:
+            raise NotDifferentiableError(
+                f"the steps of {type(self).__name__} cannot be differentiated, so it cannot be "
+                "unrolled; use an implicit method such as ImplicitCG, or GradientDescent"
+            )
+
+
+def detached(carry: Carry) -> Carry:
+    """The carry without its graph."""
+
+    def detach(leaf: Any) -> Any:
+        return leaf.detach() if isinstance(leaf, Tensor) else leaf
+
+    return replace(carry, z=carry.z.detach(), state=tree_map(detach, carry.state))
+
+
+def given_solution(z: Tensor, residual: Tensor) -> InnerReport:
+    """The report on a solution that the user passed in: no solver ran, nothing was asked."""
+    status = residual_status(residual, torch.zeros_like(residual), asked=False)
+    return InnerReport(status, residual, torch.zeros(len(z), dtype=torch.int64, device=z.device))

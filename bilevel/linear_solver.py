@@ -1,0 +1,95 @@
+"""The abstract linear solver: A v = b for stacked tasks, given only products with A."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .problem import Structure
+from .rows import column, norm
+from .status import Status
+
+__all__ = ["LinearSolution", "LinearSolver", "MatVec"]
+
+MatVec: TypeAlias = Callable[[Tensor], Tensor]
+"""Product of each task's matrix with its row, ``[tasks, n] -> [tasks, n]``."""
+
+
+@dataclass(frozen=True)
+class LinearSolution:
+    """What a linear solver returns; scalars are ``[tasks]``.
+
+    Attributes:
+        value: The solution v, ``[tasks, n]``.
+        status: `Status` codes, int8.
+        residual: ‖b − A v‖ / ‖b‖, float64; 0 where b is zero.
+        steps: Steps taken, int64.
+        curvature_min: Smallest Rayleigh quotient pᵀAp / pᵀp met; NaN if none was.
+        curvature_max: Largest one.
+    """
+
+    value: Tensor
+    status: Tensor
+    residual: Tensor
+    steps: Tensor
+    curvature_min: Tensor
+    curvature_max: Tensor
+
+
+class LinearSolver(ABC):
+    """Solves A v = b for stacked tasks from products with A alone; a frozen dataclass.
+
+    Authors write `_solve`, which sees right-hand sides of norm 1 (or exactly 0) and finite entries,
+    so that tolerances are relative to each task's own right-hand side.
+
+    Attributes:
+        needs: What the solver needs of the inner problem's structure.
+        rtol: Tolerance in ‖b − A v‖ / ‖b‖; 0 asks for the budget only.
+    """
+
+    needs: ClassVar[Structure] = Structure.GENERAL
+    rtol: float
+
+    def __call__(
+        self, matvec: MatVec, rhs: Tensor, start: Tensor | None = None
+    ) -> LinearSolution:
+        """Solve A v = b.
+
+        Args:
+            matvec: Product with A, ``[tasks, n] -> [tasks, n]``.
+            rhs: b, ``[tasks, n]``.
+            start: First iterate ``[tasks, n]``; default: zero.
+
+        Raises:
+            ValueError: A shape is wrong; the argument is named.
+        """
+        if rhs.ndim != 2 or not rhs.is_floating_point():
+            raise ValueError(f"`rhs` is {rhs.dtype} {tuple(rhs.shape)}; pass a floating [tasks, n]")
+        if start is not None and (start.shape != rhs.shape or start.dtype != rhs.dtype):
+            raise ValueError(
+                f"`start` is {start.dtype} {tuple(start.shape)} but `rhs` is {rhs.dtype} "
+                f"{tuple(rhs.shape)}; pass the solution of a system of the same size"
+            )
+        size = norm(rhs)
+        finite = size.isfinite()
+        scale = torch.where(finite & (size > 0), size, 1.0)
+        # Dividing twice keeps denormal right-hand sides exact where 1/size would overflow.
+        unit = torch.where(finite.unsqueeze(-1), rhs / column(scale, rhs), 0.0)
+        if start is not None:
+            start = torch.where(start.isfinite(), start, 0.0) / column(scale, rhs)
+            start = torch.where((size > 0).unsqueeze(-1), start, 0.0)
+        found = self._solve(matvec, unit, start)
+        value = found.value * column(scale, rhs)
+        bad = ~finite | ~value.isfinite().all(-1)
+        status = torch.where(bad & (found.status < Status.DIVERGED), Status.NON_FINITE, found.status)
+        status = torch.where(finite, status, int(Status.NON_FINITE))
+        return replace(found, value=value, status=status.to(torch.int8))
+
+    @abstractmethod
+    def _solve(self, matvec: MatVec, rhs: Tensor, start: Tensor | None) -> LinearSolution:
+        """Solve for right-hand sides of norm 1 or 0; zero ones return zero, CONVERGED."""

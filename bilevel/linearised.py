@@ -1,0 +1,116 @@
+r"""The linearised inner system: the inner problem's stationarity at one point, and its products.
+
+With $F(x, z) = \partial_z G$ the implicit function theorem gives
+
+$$\frac{dF}{dx} = \partial_x f - (\partial_x F)^\top v, \qquad (\partial_z F)^\top v = \partial_z f.$$
+
+One graph of the stationarity, for all tasks, is kept; every product is one pull through it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .flat import FlatProblem
+from .rows import column, full_precision, norm
+
+__all__ = ["LinearisedSystem", "linearise"]
+
+
+@dataclass(frozen=True)
+class LinearisedSystem:
+    """The inner problem linearised at ``z``; all tasks at once.
+
+    Attributes:
+        flat: The problem, its outer leaves requiring grad.
+        z: The point, ``[tasks, n]``.
+        stationarity: F at the point, with its graph.
+        inner_value: G ``[tasks]``, detached.
+        outer_value: f ``[tasks]``, with its graph.
+        rhs: ∂_z f ``[tasks, n]``, the right-hand side of the adjoint system.
+        damping: Added to the matrix in `matvec`.
+    """
+
+    flat: FlatProblem
+    z: Tensor
+    stationarity: Tensor
+    inner_value: Tensor
+    outer_value: Tensor
+    rhs: Tensor
+    damping: float = 0.0
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """(∂_z F)ᵀ v + damping · v, ``[tasks, n]``."""
+        product = self.pull(v)
+        return product if self.damping == 0.0 else product + self.damping * v
+
+    def pull(self, v: Tensor) -> Tensor:
+        """(∂_z F)ᵀ v, ``[tasks, n]``: for an inner objective, the product with its Hessian."""
+        self.flat.counts["products"] += self.flat.count
+        if not self.stationarity.requires_grad:
+            return torch.zeros_like(v)
+        with full_precision(v.device):
+            (product,) = torch.autograd.grad(
+                self.stationarity, self.z, v, retain_graph=True, allow_unused=True
+            )
+        return torch.zeros_like(v) if product is None else product
+
+    def cross(self, v: Tensor) -> list[Tensor | None]:
+        """(∂_x F)ᵀ v, one tensor for each outer leaf, None where F does not depend on it."""
+        if not self.stationarity.requires_grad:
+            return [None] * len(self.flat.outer.leaves)
+        with full_precision(v.device):
+            return list(
+                torch.autograd.grad(
+                    self.stationarity,
+                    self.flat.outer.leaves,
+                    v,
+                    retain_graph=True,
+                    allow_unused=True,
+                )
+            )
+
+    def direct(self, weights: Tensor) -> list[Tensor | None]:
+        """Σ weightsᵢ ∂_x fᵢ, one tensor for each outer leaf."""
+        return list(
+            torch.autograd.grad(
+                self.outer_value,
+                self.flat.outer.leaves,
+                weights.to(self.outer_value.dtype),
+                retain_graph=True,
+                allow_unused=True,
+            )
+        )
+
+    def true_residual(self, v: Tensor) -> Tensor:
+        """‖∂_z f − (∂_z F)ᵀ v‖ / ‖∂_z f‖ for each task, undamped; 0 where ∂_z f is zero."""
+        size = norm(self.rhs)
+        residual = norm(self.rhs - self.pull(v)) / torch.where(size > 0, size, 1.0)
+        return torch.where(size > 0, residual, 0.0)
+
+
+def linearise(flat: FlatProblem, z: Tensor, damping: float = 0.0) -> LinearisedSystem:
+    """Evaluate both objectives at ``z`` and keep the graph of the stationarity."""
+    flat = flat.with_outer(flat.outer.differentiable(), differentiable=True)
+    z = z.detach().requires_grad_()
+    with torch.enable_grad(), full_precision(z.device):
+        inner_value, stationarity = flat.value_and_gradient(z)
+        outer_value = flat.outer_value(z)
+        rhs = gradient_of_outer(outer_value, z)
+    return LinearisedSystem(flat, z, stationarity, inner_value, outer_value, rhs, damping)
+
+
+def gradient_of_outer(outer_value: Tensor, z: Tensor) -> Tensor:
+    """∂_z f ``[tasks, n]``; zero where f does not depend on z."""
+    if not outer_value.requires_grad:
+        return torch.zeros_like(z)
+    (rhs,) = torch.autograd.grad(outer_value.sum(), z, retain_graph=True, allow_unused=True)
+    return torch.zeros_like(z) if rhs is None else rhs
+
+
+def weighted(v: Tensor, weights: Tensor) -> Tensor:
+    """Rows of v scaled by the tasks' weights."""
+    return v * column(weights, v)

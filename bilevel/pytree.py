@@ -1,0 +1,165 @@
+"""Pytrees: nested dicts, lists and tuples of tensors, seen as named leaves or as one flat vector.
+
+The only module that touches PyTorch's own pytree functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as _torch_pytree
+
+__all__ = ["PyTree", "VectorSpec", "broadcast_prefix", "leaf_names", "tree_flatten", "tree_leaves"]
+__all__ += ["tree_map", "tree_unflatten"]
+
+PyTree: TypeAlias = Any
+"""A tensor, or a dict, list or tuple of pytrees. Typed as ``Any``: its shape is the user's."""
+
+TreeSpec: TypeAlias = Any
+
+
+def tree_flatten(tree: PyTree) -> tuple[list[Any], TreeSpec]:
+    """Return the leaves of ``tree`` in a fixed order, and its structure."""
+    return _torch_pytree.tree_flatten(tree)
+
+
+def tree_unflatten(leaves: Sequence[Any], spec: TreeSpec) -> PyTree:
+    """Rebuild the tree of structure ``spec`` from its leaves."""
+    return _torch_pytree.tree_unflatten(list(leaves), spec)
+
+
+def tree_leaves(tree: PyTree) -> list[Any]:
+    """Return the leaves of ``tree`` in a fixed order."""
+    return tree_flatten(tree)[0]
+
+
+def tree_map(function: Callable[..., Any], tree: PyTree, *others: PyTree) -> PyTree:
+    """Apply ``function`` to the corresponding leaves of trees of one structure."""
+    leaves, spec = tree_flatten(tree)
+    columns = [tree_leaves(other) for other in others]
+    for column in columns:
+        if len(column) != len(leaves):
+            raise ValueError(f"trees differ: {len(leaves)} leaves against {len(column)}")
+    return tree_unflatten([function(*row) for row in zip(leaves, *columns, strict=True)], spec)
+
+
+def leaf_names(tree: PyTree, root: str) -> list[str]:
+    """Name every leaf the way a user would reach it, such as ``outer['weight'][0]``."""
+    paths, _ = _torch_pytree.tree_flatten_with_path(tree)
+    return [root + _torch_pytree.keystr(path) for path, _ in paths]
+
+
+def broadcast_prefix(prefix: PyTree, tree: PyTree, what: str) -> list[Any]:
+    """Return one value of ``prefix`` for each leaf of ``tree``.
+
+    A leaf of ``prefix`` stands for the whole subtree of ``tree`` at its place.
+
+    Raises:
+        ValueError: ``prefix`` is no prefix of ``tree``.
+    """
+    if not isinstance(prefix, dict | list | tuple):
+        return [prefix] * len(tree_leaves(tree))
+    if isinstance(prefix, dict):
+        matches = isinstance(tree, dict) and prefix.keys() == tree.keys()
+    else:
+        matches = isinstance(tree, list | tuple) and len(tree) == len(prefix)
+    if not matches:
+        raise ValueError(
+            f"{what} is no prefix of the inner variable: {_describe(prefix)} against "
+            f"{_describe(tree)}; pass one value, or the same keys as the inner variable"
+        )
+    keys = list(tree) if isinstance(tree, dict) else range(len(tree))
+    return [leaf for key in keys for leaf in broadcast_prefix(prefix[key], tree[key], what)]
+
+
+@dataclass(frozen=True)
+class VectorSpec:
+    """How a pytree of floating tensors is laid out in one vector of length ``n``."""
+
+    spec: TreeSpec
+    names: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, tree: PyTree, root: str = "inner") -> VectorSpec:
+        """Read the layout from a tree.
+
+        Raises:
+            ValueError: A leaf is no floating tensor, or leaves differ in dtype or device.
+        """
+        leaves, spec = tree_flatten(tree)
+        names = leaf_names(tree, root)
+        if not leaves:
+            raise ValueError(f"`{root}` holds no tensor; return at least one floating leaf")
+        for name, leaf in zip(names, leaves, strict=True):
+            check_floating(leaf, name)
+            for attribute in ("dtype", "device"):
+                first, other = getattr(leaves[0], attribute), getattr(leaf, attribute)
+                if first != other:
+                    raise ValueError(
+                        f"`{name}` has {attribute} {other} but `{names[0]}` has {first}; "
+                        f"the inner variable has one {attribute}: convert with `.to({first!r})`"
+                    )
+        return cls(
+            spec,
+            tuple(names),
+            tuple(leaf.shape for leaf in leaves),
+            tuple(leaf.numel() for leaf in leaves),
+            leaves[0].dtype,
+            leaves[0].device,
+        )
+
+    @property
+    def n(self) -> int:
+        """Length of the vector."""
+        return sum(self.sizes)
+
+    def flatten(self, tree: PyTree, batch_dims: int = 0) -> Tensor:
+        """Concatenate the leaves of ``tree``, keeping ``batch_dims`` leading dimensions."""
+        leaves = tree_leaves(tree)
+        parts = [leaf.reshape(*leaf.shape[:batch_dims], -1) for leaf in leaves]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def unflatten(self, vector: Tensor) -> PyTree:
+        """Cut ``[..., n]`` into the tree's leaves, leading dimensions kept."""
+        lead = vector.shape[:-1]
+        if len(self.sizes) == 1:
+            return tree_unflatten([vector.reshape(*lead, *self.shapes[0])], self.spec)
+        parts = torch.split(vector, list(self.sizes), dim=-1)
+        leaves = [p.reshape(*lead, *s) for p, s in zip(parts, self.shapes, strict=True)]
+        return tree_unflatten(leaves, self.spec)
+
+
+def check_floating(leaf: Any, name: str) -> None:
+    """Raise unless ``leaf`` is a real floating tensor.
+
+    Raises:
+        ValueError: It is not; the message names the leaf.
+    """
+    if not isinstance(leaf, Tensor):
+        raise ValueError(
+            f"`{name}` is a {type(leaf).__name__}; pass a floating tensor, "
+            f"such as torch.tensor({leaf!r})"
+            if isinstance(leaf, int | float)
+            else f"`{name}` is a {type(leaf).__name__}; pass a floating tensor"
+        )
+    if not leaf.is_floating_point():
+        raise ValueError(
+            f"`{name}` is {leaf.dtype}; only floating tensors have gradients: "
+            f"pass it in the batch, or convert it with `.float()`"
+        )
+
+
+def _describe(tree: PyTree) -> str:
+    if isinstance(tree, dict):
+        return f"dict of {sorted(map(str, tree))}"
+    if isinstance(tree, list | tuple):
+        return f"{type(tree).__name__} of {len(tree)}"
+    return type(tree).__name__

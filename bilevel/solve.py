@@ -1,0 +1,128 @@
+"""`solve_inner`: the inner problem alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .errors import ObjectiveError
+from .flat import FlatProblem, Outer
+from .hypergradient import State, group
+from .inner_solver import InnerSolver
+from .probe import probe
+from .problem import BilevelProblem
+from .pytree import PyTree, tree_map
+from .rows import norm
+from .status import Status, members
+from .task import Task, TaskBatch
+
+__all__ = ["InnerSolution", "solve_inner"]
+
+
+@dataclass(frozen=True)
+class InnerSolution:
+    """An inner solution and how far it was solved.
+
+    Attributes:
+        inner: A pytree for a `Task`, stacked for a `TaskBatch`, a list of pytrees for a list.
+        status: One `Status` per task.
+        residual: ‖∂_z G‖ ``[tasks]``, float64.
+        value: G ``[tasks]``, the regularizer included; NaN for equilibria.
+        steps: Steps taken ``[tasks]``.
+        state: Warm starts for the next call.
+    """
+
+    inner: PyTree
+    status: tuple[Status, ...]
+    residual: Tensor
+    value: Tensor
+    steps: Tensor
+    state: State
+
+    @property
+    def ok(self) -> bool:
+        """Every task is CONVERGED, or BUDGET where no tolerance was set."""
+        return all(status.ok for status in self.status)
+
+
+def solve_inner(
+    problem: BilevelProblem,
+    outer: PyTree,
+    task: Task | TaskBatch | Sequence[Task] | None = None,
+    *,
+    inner_solver: InnerSolver,
+    inner: PyTree = None,
+    state: State | None = None,
+) -> InnerSolution:
+    """Solve the inner problem of every task, without any graph.
+
+    Args:
+        problem: The bilevel problem.
+        outer: The outer variable, a pytree of floating tensors.
+        task: A `Task`, stacked tasks, or a list of tasks of any shapes; None: one without data.
+        inner_solver: The solver.
+        inner: A constant point to start from, as in `hypergradient`.
+        state: ``state`` of an earlier result on the same tasks.
+
+    Raises:
+        ObjectiveError: A user's function returns something of the wrong kind.
+        ValueError: An argument has the wrong kind, shape or value; it is named.
+
+    Example:
+        >>> import torch
+        >>> from bilevel import Proximal, problem_from, solve_inner
+        >>> from bilevel.solvers import GradientDescent
+        >>> problem = problem_from(
+        ...     lambda z, x, batch: 0.5 * (z**2).sum(), lambda z, x, batch: z.sum(), Proximal(1.0)
+        ... )
+        >>> solve_inner(
+        ...     problem, torch.ones(2), inner_solver=GradientDescent(lr=0.5, max_steps=1)
+        ... ).inner
+        tensor([0.5000, 0.5000])
+    """
+    if not isinstance(problem, BilevelProblem):
+        raise ValueError(f"`problem` is a {type(problem).__name__}; pass a BilevelProblem")
+    if not isinstance(inner_solver, InnerSolver):
+        raise ValueError(f"`inner_solver` is a {type(inner_solver).__name__}; pass an InnerSolver")
+    variable = Outer.of(outer)
+    groups = group(task, inner)
+    if state is not None and len(state.inner) != len(groups):
+        raise ObjectiveError(
+            f"`state` holds {len(state.inner)} groups of tasks but `task` has {len(groups)}"
+        )
+    rows: list[tuple[int, PyTree, Status, Tensor, Tensor, Tensor]] = []
+    points, stacked = [], []
+    for i, one in enumerate(groups):
+        flat = FlatProblem.of(problem, variable, one.tasks, one.inner)
+        probe(flat)
+        carry = inner_solver.solve(flat, None if state is None else state.inner[i])
+        value, gradient = flat.value_and_gradient(carry.z)
+        report = inner_solver.report(carry, norm(gradient), flat.notes.get("first_residual"))
+        tree = flat.vector.unflatten(carry.z)
+        points.append(carry.z)
+        stacked.append(tree)
+        for j, (position, status) in enumerate(
+            zip(one.positions, members(report.status), strict=True)
+        ):
+            point = tree_map(lambda x, j=j: x[j], tree)
+            rows.append((position, point, status, report.residual[j], value[j], report.steps[j]))
+    rows.sort(key=lambda row: row[0])
+    columns = list(zip(*rows, strict=True))
+    if isinstance(task, TaskBatch):
+        found = stacked[0]
+    else:
+        found = rows[0][1] if task is None or isinstance(task, Task) else list(columns[1])
+    return InnerSolution(
+        inner=found,
+        status=tuple(columns[2]),
+        residual=_stack(columns[3]),
+        value=_stack(columns[4]),
+        steps=_stack(columns[5]),
+        state=State(tuple(points), (None,) * len(points)),
+    )
+
+
+def _stack(scalars: Sequence[Tensor]) -> Tensor:
+    return scalars[0].new_tensor([s.item() for s in scalars])

@@ -1,0 +1,157 @@
+"""Functions written for one task, applied to stacked tasks: by `torch.vmap` or by a loop."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .errors import BilevelWarning, RandomnessError
+from .pytree import PyTree, tree_flatten, tree_unflatten
+
+__all__ = ["Stacking"]
+
+
+@dataclass
+class Stacking:
+    """How one problem's functions are applied to stacked tasks; remembers what it met."""
+
+    mode: str = "auto"
+    looped: set[str] = field(default_factory=set)
+    attention: set[str] = field(default_factory=set)
+    native_norms: set[str] = field(default_factory=set)
+    probed: set[Any] = field(default_factory=set)
+
+    def __call__(
+        self,
+        function: Callable[..., PyTree],
+        arguments: tuple[PyTree, ...],
+        stacked: tuple[bool, ...],
+        count: int,
+        name: str,
+    ) -> PyTree:
+        """Apply ``function`` to each task and stack the results.
+
+        Args:
+            function: Takes one pytree per argument, for one task.
+            arguments: Pytrees; tensors of a stacked one have a leading dimension ``[tasks]``.
+            stacked: Which arguments are stacked; the others are shared by all tasks.
+            count: Number of tasks.
+            name: What the function is called in messages.
+
+        Raises:
+            RandomnessError: The function draws random numbers.
+        """
+        if name in self.attention:
+            # Fused attention kernels have no second derivative; the math kernel has every order.
+            with sdpa_kernel(SDPBackend.MATH):
+                return self._apply(function, arguments, stacked, count, name)
+        return self._apply(function, arguments, stacked, count, name)
+
+    def _apply(
+        self,
+        function: Callable[..., PyTree],
+        arguments: tuple[PyTree, ...],
+        stacked: tuple[bool, ...],
+        count: int,
+        name: str,
+    ) -> PyTree:
+        if count == 1:
+            return _lift(function(*_task(arguments, stacked)))
+        if self.mode == "loop" or name in self.looped:
+            return _loop(function, arguments, stacked, count)
+        try:
+            return _vmap(function, arguments, stacked)
+        except RuntimeError as error:
+            if "random operation" in str(error):
+                raise RandomnessError(randomness_message(name)) from error
+            if self.mode == "vmap":
+                raise
+            # What fails here too is the function's own error, told without vmap's words.
+            result = _loop(function, arguments, stacked, count)
+            self.looped.add(name)
+            reason = str(error).strip().splitlines()[0][:160]
+            warnings.warn(
+                f"`{name}` cannot be stacked by torch.vmap ({reason}); its tasks run in a loop. "
+                "Set `stacking = 'loop'` on the problem to say so yourself.",
+                BilevelWarning,
+                stacklevel=2,
+            )
+            return result
+
+
+def randomness_message(name: str) -> str:
+    """What to tell an author whose function draws random numbers."""
+    return (
+        f"`{name}` draws random numbers, so that each evaluation is another objective; draw them "
+        "beforehand and pass them in the batch, and set dropout to 0 or the module to `eval()`"
+    )
+
+
+def _vmap(
+    function: Callable[..., PyTree], arguments: tuple[PyTree, ...], stacked: tuple[bool, ...]
+) -> PyTree:
+    leaves, spec = tree_flatten(arguments)
+    owner = [
+        flag
+        for argument, flag in zip(arguments, stacked, strict=True)
+        for _ in tree_flatten(argument)[0]
+    ]
+    mapped = [flag and isinstance(x, Tensor) for flag, x in zip(owner, leaves, strict=True)]
+    result_spec: Any = None
+
+    def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
+        nonlocal result_spec
+        rest = iter(tensors)
+        full = [next(rest) if m else x for m, x in zip(mapped, leaves, strict=True)]
+        out, result_spec = tree_flatten(function(*tree_unflatten(full, spec)))
+        return tuple(out)
+
+    out = torch.vmap(flat)(*(x for m, x in zip(mapped, leaves, strict=True) if m))
+    return tree_unflatten(out, result_spec)
+
+
+def _loop(
+    function: Callable[..., PyTree],
+    arguments: tuple[PyTree, ...],
+    stacked: tuple[bool, ...],
+    count: int,
+) -> PyTree:
+    # Unbind once: its derivative is one stack, where indexing would add up `count` full tensors.
+    leaves, spec = tree_flatten(arguments)
+    owner = [
+        flag
+        for argument, flag in zip(arguments, stacked, strict=True)
+        for _ in tree_flatten(argument)[0]
+    ]
+    columns = [
+        x.unbind(0) if flag and isinstance(x, Tensor) else (x,) * count
+        for flag, x in zip(owner, leaves, strict=True)
+    ]
+    rows, out_spec = [], None
+    for row in zip(*columns, strict=True):
+        out, out_spec = tree_flatten(function(*tree_unflatten(row, spec)))
+        rows.append(out)
+    return tree_unflatten([torch.stack(column) for column in zip(*rows, strict=True)], out_spec)
+
+
+def _task(arguments: tuple[PyTree, ...], stacked: tuple[bool, ...]) -> tuple[PyTree, ...]:
+    def pick(tree: PyTree) -> PyTree:
+        leaves, spec = tree_flatten(tree)
+        # A view of the single task: `select` on dimension 0 of size 1 costs a full copy backward.
+        return tree_unflatten([x.squeeze(0) if isinstance(x, Tensor) else x for x in leaves], spec)
+
+    return tuple(
+        pick(argument) if flag else argument
+        for argument, flag in zip(arguments, stacked, strict=True)
+    )
+
+
+def _lift(tree: PyTree) -> PyTree:
+    leaves, spec = tree_flatten(tree)
+    return tree_unflatten([x.unsqueeze(0) if isinstance(x, Tensor) else x for x in leaves], spec)

@@ -1,0 +1,82 @@
+"""How a solve ended, for each task: decided by residuals, never by the step count."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+__all__ = ["Status"]
+
+
+class Status(IntEnum):
+    """How a solve ended. Members are ordered from best to worst; each knows its cure."""
+
+    CONVERGED = 0
+    BUDGET = 1
+    MAX_STEPS = 2
+    INDEFINITE = 3
+    DIVERGED = 4
+    NON_FINITE = 5
+
+    @property
+    def ok(self) -> bool:
+        """The solve did all that was asked of it: CONVERGED, or BUDGET with no tolerance set."""
+        return self <= Status.BUDGET
+
+    @property
+    def usable(self) -> bool:
+        """The task's hypergradient takes part in the mean."""
+        return self < Status.DIVERGED
+
+    @property
+    def meaning(self) -> str:
+        """What was found, in a few words."""
+        return _MEANING[self]
+
+    @property
+    def cure(self) -> str:
+        """What to change, in a few words."""
+        return _CURE[self]
+
+
+_MEANING = {
+    Status.CONVERGED: "the residual is within the tolerance",
+    Status.BUDGET: "no tolerance was set and the budget is spent",
+    Status.MAX_STEPS: "the tolerance was not reached within the permitted steps",
+    Status.INDEFINITE: "negative curvature: the inner Hessian is not positive definite",
+    Status.DIVERGED: "the residual grew",
+    Status.NON_FINITE: "a value is NaN or infinite",
+}
+_CURE = {
+    Status.CONVERGED: "nothing to do",
+    Status.BUDGET: "set `tol` or `rtol` to be told about convergence",
+    Status.MAX_STEPS: "raise `max_steps`, loosen the tolerance, or add damping",
+    Status.INDEFINITE: "raise the proximal strength, add damping, or solve the inner problem better",
+    Status.DIVERGED: "lower the learning rate or the Neumann scale below 2/L",
+    Status.NON_FINITE: "look for log(0), 0/0 or overflow in the objectives; lower the learning rate",
+}
+
+
+def status_codes(count: int, status: Status, device: torch.device) -> Tensor:
+    """Codes ``[count]``, all equal to ``status``."""
+    return torch.full((count,), int(status), dtype=torch.int8, device=device)
+
+
+def worst(*codes: Tensor) -> Tensor:
+    """The worse status of each task."""
+    return reduce(torch.maximum, codes)
+
+
+def members(codes: Tensor) -> tuple[Status, ...]:
+    """Codes as `Status` members (asks the device)."""
+    return tuple(Status(code) for code in codes.tolist())
+
+
+def residual_status(residual: Tensor, target: Tensor, *, asked: bool) -> Tensor:
+    """CONVERGED where the residual is within the target; else BUDGET, or MAX_STEPS if one was asked."""
+    other = Status.MAX_STEPS if asked else Status.BUDGET
+    codes = torch.where(residual <= target, int(Status.CONVERGED), int(other)).to(torch.int8)
+    return torch.where(residual.isfinite(), codes, int(Status.NON_FINITE)).to(torch.int8)

@@ -1,0 +1,51 @@
+r"""The implicit hypergradient with any linear solver.
+
+$$\frac{dF}{dx} = \partial_x f - (\partial_x \partial_z G)^\top v, \qquad (\partial^2_{zz} G)\, v = \partial_z f$$
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from bilevel.linear_solver import LinearSolution, LinearSolver
+from bilevel.linearised import LinearisedSystem
+from bilevel.method import ImplicitMethod
+from bilevel.problem import Structure
+from bilevel.registry import METHODS
+
+__all__ = ["Implicit"]
+
+
+@METHODS.register("implicit")
+@dataclass(frozen=True)
+class Implicit(ImplicitMethod):
+    """Implicit differentiation with the linear solver of your choice.
+
+    Args:
+        linear_solver: Solves the adjoint system.
+        damping: Added to the matrix, ≥ 0.
+
+    Raises:
+        ValueError: ``linear_solver`` is no linear solver.
+    """
+
+    linear_solver: LinearSolver
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.linear_solver, LinearSolver):
+            raise ValueError(
+                f"`linear_solver` is {self.linear_solver!r}; pass an instance such as CG()"
+            )
+
+    def required_structure(self) -> Structure:
+        """What the linear solver needs."""
+        return self.linear_solver.needs
+
+    def _adjoint(self, system: LinearisedSystem, start: Tensor | None) -> LinearSolution:
+        return self.linear_solver(system.matvec, system.rhs, start)
+
+    def _rtol(self) -> float:
+        return self.linear_solver.rtol

@@ -1,0 +1,179 @@
+r"""Reverse-mode differentiation through the inner solver's steps (Domke, 2012; MAML: Finn et al., 2017).
+
+$$\frac{dF}{dx} = \partial_x f + \sum_{t} \Big(\frac{\partial \Phi_t}{\partial x}\Big)^{\!\top}
+  \Big(\frac{\partial z_T}{\partial z_t}\Big)^{\!\top} \partial_z f, \qquad z_t = \Phi_t(z_{t-1}, x)$$
+
+Exact for the T-step map, whether or not it has converged. ``truncate=K`` differentiates the last K
+steps only (Shaban et al., 2019). ``checkpoint`` stores one point for every segment of steps and
+computes each segment again in the backward pass (Griewank and Walther, 2000): memory falls from T
+to about 2√T steps for one more forward pass.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from bilevel.errors import StructureError
+from bilevel.flat import FlatProblem
+from bilevel.inner_solver import Carry, InnerSolver, detached
+from bilevel.method import Estimate, HypergradientMethod, Start
+from bilevel.pytree import tree_flatten, tree_unflatten
+from bilevel.registry import METHODS
+from bilevel.rows import norm
+
+__all__ = ["Unrolled"]
+
+
+@METHODS.register("unrolled")
+@dataclass(frozen=True)
+class Unrolled(HypergradientMethod):
+    """Differentiate through the inner solver's steps, and through `initial_inner` (MAML).
+
+    Args:
+        truncate: Differentiate the last K steps only; None: all.
+        checkpoint: None or False: keep every step, memory linear in steps. True: segments of √T
+            steps, memory about √T. A number: segments of that many steps.
+
+    Raises:
+        ValueError: A setting is out of range.
+    """
+
+    truncate: int | None = None
+    checkpoint: bool | int | None = None
+
+    def __post_init__(self) -> None:
+        if self.truncate is not None and self.truncate < 1:
+            raise ValueError(f"`truncate` is {self.truncate}; differentiate at least one step")
+        if self.checkpoint is not None and self.checkpoint < 0:
+            raise ValueError(f"`checkpoint` is {self.checkpoint}; pass True or a segment length")
+
+    def _compute(
+        self, flat: FlatProblem, inner_solver: InnerSolver | None, weights: Tensor, start: Start
+    ) -> Estimate:
+        graph = flat.with_outer(flat.outer.differentiable(), differentiable=True)
+        with torch.enable_grad():
+            carry = self.unroll(graph, inner_solver, start.inner)
+            outer_value = graph.outer_value(carry.z)
+        z = carry.z.detach()
+        inner_value, gradient = flat.value_and_gradient(z)
+        assert inner_solver is not None
+        inner = inner_solver.report(
+            detached(carry), norm(gradient), flat.notes.get("first_residual")
+        )
+        leaves = graph.outer.leaves
+        gradients: tuple[Tensor | None, ...] = (None,) * len(leaves)
+        if outer_value.requires_grad:
+            gradients = torch.autograd.grad(
+                outer_value, leaves, weights.to(outer_value.dtype), allow_unused=True
+            )
+        return Estimate(gradients, z, inner_value, outer_value.detach(), inner)
+
+    def unroll(
+        self, graph: FlatProblem, inner_solver: InnerSolver | None, start: Tensor | None = None
+    ) -> Carry:
+        """Run the inner solver and keep the graph of the steps to differentiate.
+
+        Raises:
+            StructureError: There is no inner solver to differentiate.
+            NotDifferentiableError: The solver's steps cannot be differentiated.
+        """
+        if inner_solver is None:
+            raise StructureError(
+                "Unrolled differentiates the inner solver's steps, but `inner_solver` is None; "
+                "pass the solver, or use an implicit method"
+            )
+        inner_solver.require_differentiable()
+        total = inner_solver.max_steps
+        first = 0 if self.truncate is None else max(0, total - self.truncate)
+        z = graph.initial() if start is None else start
+        if first:
+            plain = graph.with_outer(graph.outer.detached(), differentiable=False)
+            with torch.no_grad():
+                carry = inner_solver.begin(plain, z.detach())
+                carry = detached(inner_solver.advance(plain, carry, 0, first))
+        else:
+            carry = inner_solver.begin(graph, z)
+        if not self.checkpoint:
+            return inner_solver.advance(graph, carry, first, total)
+        length = self.checkpoint
+        if length is True:
+            length = max(1, math.isqrt(total - first))
+        for left in range(first, total, length):
+            carry = _segment(graph, inner_solver, carry, left, min(left + length, total))
+        return carry
+
+
+def _segment(
+    graph: FlatProblem, solver: InnerSolver, carry: Carry, first: int, last: int
+) -> Carry:
+    tensors, spec = tree_flatten([carry.z, carry.state, carry.active, carry.steps])
+    work = _Work(graph, solver, spec, first, last, len(tensors))
+    out = _Segment.apply(work, *tensors, *graph.outer.leaves)
+    return Carry(*tree_unflatten(out, work.out_spec))
+
+
+class _Work:
+    """What a segment computes: some steps of the solver, as a function of tensors."""
+
+    def __init__(
+        self, graph: FlatProblem, solver: InnerSolver, spec: Any, first: int, last: int, count: int
+    ) -> None:
+        self.graph, self.solver, self.spec = graph, solver, spec
+        self.first, self.last, self.count = first, last, count
+        self.out_spec: Any = None
+
+    def __call__(self, tensors: tuple[Tensor, ...], *, differentiable: bool) -> tuple[Tensor, ...]:
+        carry = Carry(*tree_unflatten(tensors[: self.count], self.spec))
+        outer = self.graph.outer.with_leaves(tensors[self.count :])
+        graph = self.graph.with_outer(outer, differentiable=differentiable)
+        carry = self.solver.advance(graph, carry, self.first, self.last)
+        out, self.out_spec = tree_flatten([carry.z, carry.state, carry.active, carry.steps])
+        return tuple(out)
+
+
+class _Segment(Function):
+    """Some steps without a graph; the backward pass takes them again with one."""
+
+    @staticmethod
+    def forward(ctx: Any, work: _Work, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.work = work
+        ctx.save_for_backward(*tensors)
+        with torch.no_grad():
+            out = work(tuple(t.detach() for t in tensors), differentiable=False)
+        # An output that is an input (state that a step leaves alone) needs a tensor of its own.
+        out = tuple(o.clone() for o in out)
+        ctx.mark_non_differentiable(*(o for o in out if not o.is_floating_point()))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        work: _Work = ctx.work
+        with torch.enable_grad():
+            # Aliases keep partial derivatives partial where one input depends on another.
+            inputs = tuple(
+                (t.view_as(t) if t.requires_grad else t.detach().requires_grad_())
+                if t.is_floating_point()
+                else t
+                for t in ctx.saved_tensors
+            )
+            out = work(inputs, differentiable=True)
+        pairs = [(o, c) for o, c in zip(out, cotangents, strict=True) if o.requires_grad]
+        floating = [t for t in inputs if t.is_floating_point()]
+        if not pairs:
+            return (None, *(None for _ in inputs))
+        gradients = iter(
+            torch.autograd.grad(
+                [o for o, _ in pairs],
+                floating,
+                [c for _, c in pairs],
+                create_graph=torch.is_grad_enabled(),
+                allow_unused=True,
+            )
+        )
+        return (None, *(next(gradients) if t.is_floating_point() else None for t in inputs))

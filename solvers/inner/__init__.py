@@ -1,0 +1,8 @@
+"""Inner solvers: they minimise the inner objective of stacked tasks."""
+
+from .closed_form import ClosedForm
+from .gradient_descent import GradientDescent
+from .lbfgs import LBFGS
+from .torch_optimizer import TorchOptimizer
+
+__all__ = ["LBFGS", "ClosedForm", "GradientDescent", "TorchOptimizer"]

@@ -1,0 +1,146 @@
+r"""Limited-memory BFGS (Liu and Nocedal, 1989), batched over tasks.
+
+The direction is $-B\,\partial_z G$ with $B$ the two-loop recursion (Nocedal and Wright, 2006,
+Algorithm 7.4) on the last ``memory`` pairs $s, y$; the step length is found by backtracking until
+Armijo's condition holds. Pairs with $s^\top y \le 0$ are skipped, so that $B$ stays positive
+definite. Every task has its own pairs, step length and stop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from bilevel.errors import StructureError
+from bilevel.flat import FlatProblem
+from bilevel.inner_solver import InnerSolver
+from bilevel.pytree import PyTree
+from bilevel.registry import INNER_SOLVERS
+from bilevel.rows import column, dot, norm
+
+__all__ = ["LBFGS"]
+
+_ARMIJO = 1e-4
+_HALVINGS = 25
+
+
+@INNER_SOLVERS.register("lbfgs")
+@dataclass(frozen=True)
+class LBFGS(InnerSolver):
+    """L-BFGS with backtracking, for smooth deterministic inner objectives.
+
+    Args:
+        max_steps: The most steps.
+        tol: Stop a task once ‖∂_z G‖ ≤ tol, looked at after every step; None: take all steps.
+        memory: Number of pairs kept, for each task.
+
+    Raises:
+        ValueError: A setting is out of range.
+    """
+
+    differentiable: ClassVar[bool] = False
+    check_every: ClassVar[int] = 1
+    max_steps: int = 200
+    tol: float | None = 1e-6
+    memory: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.memory < 1:
+            raise ValueError(f"`memory` is {self.memory}; keep at least one pair")
+
+    def _init(self, flat: FlatProblem, z: Tensor) -> PyTree:
+        if flat.problem.is_equilibrium:
+            raise StructureError(
+                "LBFGS minimises an inner objective, but this problem is an equilibrium without "
+                "one; use GradientDescent, which iterates on its stationarity"
+            )
+        value, gradient = flat.value_and_gradient(z)
+        shape = (self.memory, *z.shape)
+        return {
+            "value": value.double(),
+            "gradient": gradient,
+            "s": z.new_zeros(shape),
+            "y": z.new_zeros(shape),
+            # 1 / sᵀy of each pair; 0 marks an empty slot.
+            "rho": torch.zeros(self.memory, len(z), dtype=torch.float64, device=z.device),
+            "scale": 1.0 / norm(gradient).clamp_min(1.0),
+        }
+
+    def _residual(self, flat: FlatProblem, z: Tensor, state: PyTree) -> Tensor:
+        return norm(state["gradient"])
+
+    def _step(self, flat: FlatProblem, z: Tensor, state: PyTree) -> tuple[Tensor, PyTree]:
+        gradient = state["gradient"]
+        direction = -_two_loops(state, gradient)
+        slope = dot(gradient, direction)
+        # Where rounding made it no descent direction, fall back to the gradient.
+        uphill = slope >= 0
+        direction = torch.where(uphill.unsqueeze(-1), -column(state["scale"], z) * gradient, direction)
+        slope = torch.where(uphill, dot(gradient, direction), slope)
+        new_z, value, new_gradient = _backtrack(flat, z, state, direction, slope)
+        s, y = new_z - z, new_gradient - gradient
+        sy, yy, ss = dot(s, y), dot(y, y), dot(s, s)
+        # A NaN fails the comparison and is skipped like negative curvature.
+        keep = sy > torch.finfo(z.dtype).eps * (ss * yy).sqrt()
+        rho = torch.where(keep, 1.0 / sy, 0.0)
+        return new_z, {
+            "value": value,
+            "gradient": new_gradient,
+            "s": _push(state["s"], s, keep),
+            "y": _push(state["y"], y, keep),
+            "rho": _push(state["rho"].unsqueeze(-1), rho.unsqueeze(-1), keep).squeeze(-1),
+            "scale": torch.where(keep, sy / yy, state["scale"]),
+        }
+
+
+def _two_loops(state: Any, gradient: Tensor) -> Tensor:
+    """B times the gradient, ``[tasks, n]``; newest pair last."""
+    s, y, rho = state["s"], state["y"], state["rho"]
+    q, alphas = gradient, []
+    for i in reversed(range(len(s))):
+        alpha = rho[i] * dot(s[i], q)
+        q = q - column(alpha, q) * y[i]
+        alphas.append(alpha)
+    q = column(state["scale"], q) * q
+    for i, alpha in zip(range(len(s)), reversed(alphas), strict=True):
+        q = q + column(alpha - rho[i] * dot(y[i], q), q) * s[i]
+    return q
+
+
+def _backtrack(
+    flat: FlatProblem, z: Tensor, state: Any, direction: Tensor, slope: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Halve each task's step until Armijo's condition holds; a task without one stays."""
+    start_value, start_gradient = state["value"], state["gradient"]
+    # Near the solution the decrease drowns in rounding: there a smaller gradient decides.
+    noise = 8 * torch.finfo(z.dtype).eps * (start_value.abs() + 1.0)
+    start_norm = norm(start_gradient)
+    length = torch.ones_like(slope)
+    done = torch.zeros_like(slope, dtype=torch.bool)
+    best_z, best_value, best_gradient = z, start_value, start_gradient
+    for _ in range(_HALVINGS):
+        trial = z + column(length, z) * direction
+        value, gradient = flat.value_and_gradient(trial)
+        value = value.double()
+        armijo = value <= start_value + _ARMIJO * length * slope
+        flat_enough = (value <= start_value + noise) & (norm(gradient) < start_norm)
+        accept = ~done & (armijo | flat_enough) & gradient.isfinite().all(-1)
+        rows = accept.unsqueeze(-1)
+        best_z = torch.where(rows, trial, best_z)
+        best_gradient = torch.where(rows, gradient, best_gradient)
+        best_value = torch.where(accept, value, best_value)
+        done = done | accept | ((start_norm == 0) | ~start_norm.isfinite())
+        if bool(done.all()):
+            break
+        length = torch.where(done, length, 0.5 * length)
+    return best_z, best_value, best_gradient
+
+
+def _push(history: Tensor, new: Tensor, keep: Tensor) -> Tensor:
+    """Drop the oldest entry and add the newest, for the tasks to keep; others stay."""
+    shifted = torch.cat([history[1:], new.unsqueeze(0)])
+    return torch.where(keep.unsqueeze(-1), shifted, history)
