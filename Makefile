@@ -62,6 +62,8 @@ build/installed/.ready: dist/.checked
 	$(BIN)/python -m pip --quiet --python build/installed install \
 	    --no-deps --force-reinstall dist/*.whl
 	rm -rf $(OUTSIDE) && mkdir -p $(OUTSIDE)
+	cd $(OUTSIDE) && $(INSTALLED) -c "import sys, bilevel.problems as p, bilevel.solvers as s; \
+	    assert all(m.__file__.startswith(sys.prefix) for m in (p, s)), (p, s)"
 	touch $@
 
 wheel-test: build/installed/.ready  ## Run the tests against the wheel, from outside the root

@@ -2,7 +2,7 @@ r"""`argmin`: the inner solution as a differentiable function of the outer varia
 
 Implicit methods put one node into the autograd graph. Its backward pass solves the adjoint system
 by a second node that is differentiable itself, by the same rule, and so on: every order of
-derivative is exact at the solution (Jacobian $\partial z^\star/\partial x = -(\partial_z F)^{-1}\partial_x F$).
+derivative is exact at the solution, whose Jacobian is $-(\partial_z F)^{-1}\partial_x F$.
 `Unrolled` leaves the graph of its steps.
 """
 
@@ -100,6 +100,8 @@ def argmin(
             carry = unroll(flat.with_outer(variable, differentiable=True), inner_solver)
             _check_solve(flat, inner_solver, carry, strict=strict)
             z = carry.z
+        if flat.stacking.native_norms and z.requires_grad:
+            z = _FirstOrderOnly.apply(", ".join(sorted(flat.stacking.native_norms)), z)
         stacked = flat.vector.unflatten(z)
         for i, position in enumerate(one.positions):
             trees[position] = tree_map(lambda x, i=i: x[i], stacked)
@@ -231,13 +233,6 @@ class _Adjoint(Function):
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
         context: _Context = ctx.context
         z, v, *leaves = ctx.saved_tensors
-        if context.flat.stacking.native_norms:
-            names = ", ".join(sorted(context.flat.stacking.native_norms))
-            raise NotDifferentiableError(
-                f"a second derivative through argmin needs the third derivative of `{names}`, and "
-                "PyTorch's is 3-20 % wrong for its batch, instance and layer norm; use GroupNorm, "
-                "RMSNorm, or a norm written with var_mean and rsqrt, which are exact"
-            )
         # d(J⁻ᵀ b) = J⁻ᵀ (db − dJᵀ v): one solve with the other transposition, then a derivative.
         w = _Adjoint.apply(context, not ctx.transpose, z, cotangent, *leaves)
         left, right = (v, w) if ctx.transpose else (w, v)
@@ -258,6 +253,47 @@ class _Adjoint(Function):
             )
         dz, *dx = (None if g is None else -g for g in gradients)
         return (None, None, dz, w, *dx)
+
+
+class _FirstOrderOnly(Function):
+    """The identity, whose second derivative is refused.
+
+    A second derivative of the solution needs the third of the inner objective, and PyTorch's is
+    wrong for its native norm layers.
+    """
+
+    @staticmethod
+    def forward(names: str, z: Tensor) -> Tensor:
+        return z.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.names = inputs[0]
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
+        return None, _Refuse.apply(ctx.names, cotangent, *ctx.saved_tensors)
+
+
+class _Refuse(Function):
+    """Hands a cotangent on; differentiating it raises. It takes z to stand on every such path."""
+
+    @staticmethod
+    def forward(names: str, cotangent: Tensor, z: Tensor) -> Tensor:
+        return cotangent.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.names = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
+        raise NotDifferentiableError(
+            f"a second derivative through argmin needs the third derivative of `{ctx.names}`, and "
+            "PyTorch's is 3-20 % wrong for its batch, instance and layer norm; use GroupNorm, "
+            "RMSNorm, or a norm written with var_mean and rsqrt, which are exact"
+        )
 
 
 def _cross(

@@ -6,6 +6,7 @@ differences of the solved problem.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .errors import ObjectiveError
 from .flat import Outer
 from .hypergradient import Hypergradient, describe_status, hypergradient
 from .inner_solver import InnerSolver
@@ -99,6 +101,7 @@ class HypergradientCheck:
         condition = f", condition {high / low:.1e}" if low > 0 else ", not positive definite"
         counts = ", ".join(f"{value} {key}" for key, value in self.counts.items())
         names = sorted({s.name for s in self.status})
+        number = len(self.status)
         lines = [
             f"{'PASS' if self.ok else 'FAIL'}: {self.method} with {self.inner_solver}",
             f"  relative error {self.error:.1e}, allowed {self.rtol:.0e} ({self.dtype})",
@@ -111,7 +114,7 @@ class HypergradientCheck:
                 for leaf in self.leaves
             ),
             "",
-            f"  status        {', '.join(names)} ({len(self.status)} tasks)",
+            f"  status        {', '.join(names)} ({number} task{'s' * (number != 1)})",
             f"  inner error   {self.inner_error:.1e}",
             f"  inner Hessian eigenvalues {low:.2e} to {high:.2e}{condition}",
             f"  cost          {self.seconds * 1e3:.1f} ms; {counts}",
@@ -181,7 +184,7 @@ def check_hypergradient(
     usable = [i for i, status in enumerate(result.status) if status.usable]
     exact = to_float64(outer)
     starts = [to_float64(point) for point in points]
-    references = {i: dense_hypergradient(problem, exact, tasks[i], starts[i]) for i in usable}
+    references = {i: _reference(problem, exact, tasks[i], starts[i]) for i in usable}
     total = sum(tasks[i].weight for i in usable)
     shares = {i: tasks[i].weight / total for i in usable}
     dense = [
@@ -192,8 +195,9 @@ def check_hypergradient(
 
     def solved(leaves: list[Tensor]) -> float:
         tree = tree_unflatten(leaves, variable.spec)
-        return sum(
-            shares[i] * solved_outer_value(problem, tree, tasks[i], starts[i]) for i in usable
+        return math.fsum(
+            shares[i] * solved_outer_value(problem, tree, tasks[i], starts[i], references[i])
+            for i in usable
         )
 
     scale = _norm(dense)
@@ -271,6 +275,21 @@ def assert_hypergradient(
     return check
 
 
+def _reference(
+    problem: BilevelProblem, outer: PyTree, task: Task, start: PyTree
+) -> DenseReference:
+    try:
+        return dense_hypergradient(problem, outer, task, start)
+    except RuntimeError as error:
+        if not any(word in str(error) for word in ("dtype", "Float", "Double", "scalar type")):
+            raise
+        raise ObjectiveError(
+            f"the problem cannot be evaluated in float64 ({str(error).splitlines()[0]}): it holds "
+            "tensors of its own; pass data in the batch of the task, where it can be converted, or "
+            "build the problem in float64"
+        ) from error
+
+
 def _tasks_and_points(
     task: Task | TaskBatch | Sequence[Task] | None, inner: PyTree
 ) -> tuple[list[Task], list[PyTree]]:
@@ -336,8 +355,8 @@ def _with_advice(check: HypergradientCheck) -> HypergradientCheck:
     advice = []
     if not check.reference_ok:
         advice.append(
-            "dense algebra and finite differences disagree: an objective is nonsmooth here, random, "
-            "or its inner problem has no isolated solution"
+            "dense algebra and finite differences disagree: an objective is nonsmooth here, "
+            "random, or its inner problem has no isolated solution"
         )
     bad = [s for s in check.status if not s.ok]
     if bad:
@@ -370,4 +389,3 @@ def _with_advice(check: HypergradientCheck) -> HypergradientCheck:
             "truncated Unrolled are): compare with DenseExact()"
         )
     return replace(check, advice=tuple(advice))
-

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import ObjectiveError
+from .errors import InPlaceError, ObjectiveError
 from .problem import BilevelProblem
 from .pytree import PyTree, VectorSpec, check_floating, leaf_names, tree_flatten, tree_unflatten
 from .regularizer import Proximal, check_strength
@@ -63,6 +63,10 @@ class Outer:
     def detached(self) -> Outer:
         """Without gradient."""
         return self.with_leaves([leaf.detach() for leaf in self.leaves])
+
+    def cloned(self) -> Outer:
+        """Copies that share no memory with these."""
+        return self.with_leaves([leaf.detach().clone() for leaf in self.leaves])
 
     def differentiable(self) -> Outer:
         """Fresh leaves that require grad, sharing memory with these."""
@@ -117,9 +121,11 @@ class FlatProblem:
                 dimension of tasks.
         """
         stacking = _stacking(problem)
-        detached = outer.detached()
+        # Until the problem was looked at once, a function may still write to its arguments.
+        trial = outer.detached() if stacking.probed else outer.cloned()
+        versions = [leaf._version for leaf in trial.leaves]
         if inner is None:
-            start, vector = _initial_inner(problem, detached, tasks, stacking)
+            start, vector = _initial_inner(problem, trial, tasks, stacking)
         else:
             start, vector = _flatten_stacked(inner, "inner")
             if len(start) != tasks.count:
@@ -128,14 +134,21 @@ class FlatProblem:
                     "starting point per task, stacked along dimension 0"
                 )
             start = start.detach()
-        flat = cls(problem, detached, tasks, vector, stacking, start, inner is not None)
+        flat = cls(problem, trial, tasks, vector, stacking, start, inner is not None)
         strength = flat._strength
         if strength is not None and callable(_regularizer(problem).strength):
             try:
                 check_strength(strength, "Proximal's strength")
             except ValueError as error:
                 raise ObjectiveError(str(error)) from error
-        return flat
+        if problem.regularizer is not None:
+            flat._center  # noqa: B018  (checked against the inner variable here, not in a solver)
+        if [leaf._version for leaf in trial.leaves] != versions:
+            raise InPlaceError(
+                "`initial_inner` or the regularizer changes `outer` in place; write to a copy: "
+                "`.clone()` it first"
+            )
+        return flat.with_outer(outer.detached(), differentiable=False)
 
     # Size and place
 
@@ -186,7 +199,7 @@ class FlatProblem:
         return _initial_inner(self.problem, self.outer, self.tasks, self.stacking)[0]
 
     def value(self, z: Tensor) -> Tensor:
-        """Inner objective with the regularizer, ``[tasks]``; NaN for an equilibrium, which has none."""
+        """Inner objective with the regularizer ``[tasks]``; NaN for an equilibrium."""
         if self.problem.is_equilibrium:
             return z.new_full((self.count,), float("nan"))
         self.counts["values"] += self.count
@@ -213,9 +226,7 @@ class FlatProblem:
             # reverse-differentiating vmap(grad) is wrong for normalisation layers.
             with torch.enable_grad():
                 values = self._objective(z)
-                (gradient,) = torch.autograd.grad(
-                    values.sum(), z, create_graph=self.differentiable
-                )
+                (gradient,) = torch.autograd.grad(values.sum(), z, create_graph=self.differentiable)
             value = values.detach()
         if self._strength is not None:
             with torch.set_grad_enabled(self.differentiable):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -247,9 +247,7 @@ class _Part:
     weight: float
 
 
-def check_problem(
-    problem: object, inner_solver: object, method: object, inner: PyTree
-) -> None:
+def check_problem(problem: object, inner_solver: object, method: object, inner: PyTree) -> None:
     """Check the kinds of the arguments that every verb shares.
 
     Raises:
@@ -260,7 +258,9 @@ def check_problem(
         ("method", method, HypergradientMethod),
     ):
         if not isinstance(value, kind):
-            what = value.__name__ + " (a class)" if isinstance(value, type) else type(value).__name__
+            what = (
+                value.__name__ + " (a class)" if isinstance(value, type) else type(value).__name__
+            )
             raise ValueError(f"`{name}` is a {what}; pass an instance of {kind.__name__}")
     if inner_solver is None:
         if inner is None:
@@ -314,6 +314,10 @@ def _group_hypergradient(
                 f"`state.{name}` is {tuple(value.shape)} but the tasks need "
                 f"{tuple(flat.start.shape)}; pass the state of a call on the same tasks"
             )
+    if start.inner is not None:
+        # A task that failed leaves no point to start from; begin it anew.
+        finite = start.inner.isfinite().all(-1, keepdim=True)
+        start = replace(start, inner=torch.where(finite, start.inner, flat.start))
     if per_task:
         flat = flat.expanded()
     assert one.tasks.weights is not None
@@ -338,7 +342,7 @@ def _without_failed(
     estimate: Estimate,
     status: Tensor,
 ) -> _Part:
-    """Compute again without the failed tasks: zero times NaN is NaN, so weights cannot hide them."""
+    """Compute again without the failed tasks: no weight hides them, since 0 · NaN is NaN."""
     if bool((status < Status.DIVERGED).all()):
         # All solves are fine but the sum is not finite: ask each task for its own gradient.
         single = method(flat.expanded(), inner_solver, torch.ones_like(weights), start)
@@ -346,9 +350,7 @@ def _without_failed(
     good = (status < Status.DIVERGED).nonzero().squeeze(-1)
     gradient: tuple[Tensor | None, ...] = (None,) * len(flat.outer.leaves)
     if len(good):
-        pick = Start(
-            *(None if x is None else x[good] for x in (start.inner, start.adjoint))
-        )
+        pick = Start(*(None if x is None else x[good] for x in (start.inner, start.adjoint)))
         gradient = method(flat.select(good), inner_solver, weights[good], pick).gradient
     return _Part(flat, estimate, status, gradient, float(weights[good].sum()))
 
@@ -388,14 +390,11 @@ def _assemble(
     failed = tuple(i for i, s in enumerate(status) if not s.usable)
     if len(failed) == len(status):
         raise SolveError(
-            f"no task has a usable hypergradient; {describe_status(status)} "
-            "`outer` is unchanged."
+            f"no task has a usable hypergradient; {describe_status(status)} `outer` is unchanged."
         )
     unused = _check_dependence(outer, parts, method)
-    if reduction == "mean":
-        gradient = _mean(outer, parts)
-    else:
-        gradient = _per_task(outer, parts, in_order)
+    mean = reduction == "mean"
+    gradient = _mean(outer, parts) if mean else _per_task(outer, parts, in_order)
     inner_report = _report([part.estimate.inner for part in parts], in_order)
     linear = [part.estimate.linear for part in parts]
     counts: dict[str, int] = {}
@@ -478,17 +477,17 @@ def _check_dependence(
         )
     if unused:
         warnings.warn(
-            f"nothing depends on {', '.join(f'`{name}`' for name in unused)}; the gradient there "
-            "is zero: use it in an objective, or leave it out of `outer`",
+            f"{type(method).__name__} finds no dependence on "
+            f"{', '.join(f'`{name}`' for name in unused)}, and the gradient there is zero: use it "
+            "in an objective, or leave it out of `outer`"
+            + ("" if implicit else "; an implicit method sees every use in the inner problem"),
             BilevelWarning,
             stacklevel=4,
         )
     return unused
 
 
-def _report(
-    reports: Sequence[InnerReport | LinearSolution], in_order: object
-) -> SolveReport:
+def _report(reports: Sequence[InnerReport | LinearSolution], in_order: object) -> SolveReport:
     assert callable(in_order)
     curvature = None
     if all(isinstance(one, LinearSolution) for one in reports):

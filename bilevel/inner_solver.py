@@ -70,7 +70,11 @@ class InnerSolver(ABC):
 
     @abstractmethod
     def _init(self, flat: FlatProblem, z: Tensor) -> PyTree:
-        """The solver's state before the first step, a pytree of tensors."""
+        """The solver's state before the first step.
+
+        A pytree of tensors with a leading dimension of tasks; 0-d ones are counters, through which
+        nothing is differentiated.
+        """
 
     @abstractmethod
     def _step(self, flat: FlatProblem, z: Tensor, state: PyTree) -> tuple[Tensor, PyTree]:

@@ -55,9 +55,7 @@ class LinearSolver(ABC):
     needs: ClassVar[Structure] = Structure.GENERAL
     rtol: float
 
-    def __call__(
-        self, matvec: MatVec, rhs: Tensor, start: Tensor | None = None
-    ) -> LinearSolution:
+    def __call__(self, matvec: MatVec, rhs: Tensor, start: Tensor | None = None) -> LinearSolution:
         """Solve A v = b.
 
         Args:
@@ -75,18 +73,21 @@ class LinearSolver(ABC):
                 f"`start` is {start.dtype} {tuple(start.shape)} but `rhs` is {rhs.dtype} "
                 f"{tuple(rhs.shape)}; pass the solution of a system of the same size"
             )
-        size = norm(rhs)
-        finite = size.isfinite()
-        scale = torch.where(finite & (size > 0), size, 1.0)
-        # Dividing twice keeps denormal right-hand sides exact where 1/size would overflow.
-        unit = torch.where(finite.unsqueeze(-1), rhs / column(scale, rhs), 0.0)
+        largest = rhs.abs().amax(-1, keepdim=True)
+        finite = largest.squeeze(-1).isfinite()
+        regular = (largest > 0) & largest.isfinite()
+        # Two scales, largest entry and norm: their product may leave the range of the dtype.
+        largest = torch.where(regular, largest, 1.0)
+        unit = torch.where(regular, rhs / largest, 0.0)
+        length = column(torch.where(regular.squeeze(-1), norm(unit), 1.0), rhs)
         if start is not None:
-            start = torch.where(start.isfinite(), start, 0.0) / column(scale, rhs)
-            start = torch.where((size > 0).unsqueeze(-1), start, 0.0)
-        found = self._solve(matvec, unit, start)
-        value = found.value * column(scale, rhs)
+            start = torch.where(regular & start.isfinite(), start / largest / length, 0.0)
+        found = self._solve(matvec, unit / length, start)
+        value = found.value * length * largest
         bad = ~finite | ~value.isfinite().all(-1)
-        status = torch.where(bad & (found.status < Status.DIVERGED), Status.NON_FINITE, found.status)
+        status = torch.where(
+            bad & (found.status < Status.DIVERGED), Status.NON_FINITE, found.status
+        )
         status = torch.where(finite, status, int(Status.NON_FINITE))
         return replace(found, value=value, status=status.to(torch.int8))
 

@@ -2,7 +2,8 @@ r"""The linearised inner system: the inner problem's stationarity at one point, 
 
 With $F(x, z) = \partial_z G$ the implicit function theorem gives
 
-$$\frac{dF}{dx} = \partial_x f - (\partial_x F)^\top v, \qquad (\partial_z F)^\top v = \partial_z f.$$
+$$\frac{dF}{dx} = \partial_x f - (\partial_x F)^\top v,
+  \qquad (\partial_z F)^\top v = \partial_z f.$$
 
 One graph of the stationarity, for all tasks, is kept; every product is one pull through it.
 """

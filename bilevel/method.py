@@ -49,6 +49,7 @@ class Estimate:
         inner: How the inner solve ended.
         linear: How the adjoint solve ended, with the adjoint; None for methods without one.
         inner_depends: Whether the inner solution was found to depend on the outer variable.
+        has_inner_value: False for an equilibrium, whose ``inner_value`` is NaN.
     """
 
     gradient: tuple[Tensor | None, ...]
@@ -58,6 +59,7 @@ class Estimate:
     inner: InnerReport
     linear: LinearSolution | None = None
     inner_depends: bool = True
+    has_inner_value: bool = True
 
     @property
     def status(self) -> Tensor:
@@ -66,6 +68,8 @@ class Estimate:
         if self.linear is not None:
             status = worst(status, self.linear.status)
         finite = self.outer_value.isfinite()
+        if self.has_inner_value:
+            finite = finite & self.inner_value.isfinite()
         return torch.where(finite, status, int(Status.NON_FINITE)).to(torch.int8)
 
 
@@ -94,7 +98,8 @@ class HypergradientMethod(ABC):
             StructureError: The problem's structure is weaker than the method needs.
         """
         self.check(flat)
-        return self._compute(flat, inner_solver, weights, start or Start())
+        estimate = self._compute(flat, inner_solver, weights, start or Start())
+        return replace(estimate, has_inner_value=not flat.problem.is_equilibrium)
 
     def check(self, flat: FlatProblem) -> None:
         """Refuse a problem that the method cannot treat, before any work."""

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from .errors import DependenceError, InPlaceError, ObjectiveError, RandomnessError
 from .flat import FlatProblem
@@ -36,7 +38,8 @@ def probe(flat: FlatProblem) -> None:
     if signature in seen:
         return
     problem = flat.problem
-    outer = flat.outer.differentiable()
+    # Copies: a function that writes to its arguments must not reach the user's tensors.
+    outer = flat.outer.cloned().differentiable()
     flat = flat.with_outer(outer, differentiable=True)
     z = flat.start.detach().clone().requires_grad_()
     allowed = {id(leaf) for leaf in outer.leaves} | {id(z)}
@@ -65,10 +68,16 @@ def _evaluate(
     for leaf_name, leaf in zip(leaf_names(batch, batch_name), tree_leaves(batch), strict=True):
         if isinstance(leaf, Tensor):
             arguments[f"`{leaf_name}`"] = leaf
+            if leaf.device != flat.device:
+                raise ObjectiveError(
+                    f"the device of `{leaf_name}` is {leaf.device} but `inner` is on "
+                    f"{flat.device}; move the tasks with `task.to(device)`"
+                )
     versions = {key: tensor._version for key, tensor in arguments.items()}
     random_state = _random_state(flat.device)
     try:
-        with torch.enable_grad():
+        # The math kernel here, whatever is called: fused attention would be refused by vmap.
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _AttentionSeen() as seen:
             result = flat._call(name, z, batch)
     except RuntimeError as error:
         if "in-place operation" in str(error) or "inplace" in str(error):
@@ -91,11 +100,21 @@ def _evaluate(
     nodes = list(_nodes(value))
     _check_captured(value, allowed, name, flat)
     names = {type(node).__name__ for node in nodes}
-    if any("ScaledDotProduct" in node for node in names):
+    if seen.attention:
         flat.stacking.attention.add(name)
-    if any(node.startswith(_NATIVE_NORMS) for node in names):
+    if name != "outer_objective" and any(node.startswith(_NATIVE_NORMS) for node in names):
         flat.stacking.native_norms.add(name)
     return value
+
+
+class _AttentionSeen(TorchFunctionMode):
+    """Notices whether an attention function is called."""
+
+    attention = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.attention |= "attention" in getattr(func, "__name__", "")
+        return func(*args, **(kwargs or {}))
 
 
 # The third derivatives of these are wrong in PyTorch (and only those).
@@ -159,7 +178,7 @@ def _reaches(value: Tensor, leaf: Tensor) -> bool:
 
 def _nodes(value: Tensor | None) -> Iterator[Any]:
     """Every node of the autograd graph behind ``value``."""
-    stack = [] if value is None or value.grad_fn is None else [value.grad_fn]
+    stack: list[Any] = [] if value is None or value.grad_fn is None else [value.grad_fn]
     if value is not None and value.grad_fn is None and value.requires_grad:
         # A leaf returned as it is: its accumulator stands behind any view of it.
         stack = [value.view_as(value).grad_fn]

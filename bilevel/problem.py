@@ -79,24 +79,26 @@ class BilevelProblem(ABC):
         """What vanishes at the inner solution, a pytree like ``inner``, without the regularizer.
 
         Default: the gradient of `inner_objective` in ``inner`` (the library differentiates the sum
-        over tasks itself and does not call this). An equilibrium returns ``inner − Φ(inner, outer)``.
+        over tasks itself and does not call this). An equilibrium returns
+        ``inner − Φ(inner, outer)``.
         """
         raise ObjectiveError(
-            f"{type(self).__name__} states its inner problem by `inner_objective`; its stationarity "
-            "is taken by automatic differentiation"
+            f"{type(self).__name__} states its inner problem by `inner_objective`; its "
+            "stationarity is taken by automatic differentiation"
         )
 
     def predict(self, inner: PyTree, outer: PyTree, batch: PyTree) -> PyTree:
         """The model's prediction; with `loss` it gives the inner objective."""
         raise ObjectiveError(
-            f"{type(self).__name__} defines no inner problem; write `inner_objective`, or `predict` "
-            "and `loss`, or `stationarity`"
+            f"{type(self).__name__} defines no inner problem; write `inner_objective`, or "
+            "`predict` and `loss`, or `stationarity`"
         )
 
     def loss(self, prediction: PyTree, outer: PyTree, batch: PyTree) -> Tensor:
         """The loss of a prediction, a 0-d tensor; with `predict` it gives the inner objective."""
         raise ObjectiveError(
-            f"{type(self).__name__} defines `predict` but no `loss`; write both, or `inner_objective`"
+            f"{type(self).__name__} defines `predict` but no `loss`; write both, or "
+            "`inner_objective`"
         )
 
     def metrics(self, inner: PyTree, outer: PyTree, batch: PyTree) -> dict[str, Tensor]:

@@ -124,16 +124,16 @@ class VectorSpec:
     def flatten(self, tree: PyTree, batch_dims: int = 0) -> Tensor:
         """Concatenate the leaves of ``tree``, keeping ``batch_dims`` leading dimensions."""
         leaves = tree_leaves(tree)
-        parts = [leaf.reshape(*leaf.shape[:batch_dims], -1) for leaf in leaves]
+        parts = [leaf.reshape((*leaf.shape[:batch_dims], -1)) for leaf in leaves]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def unflatten(self, vector: Tensor) -> PyTree:
         """Cut ``[..., n]`` into the tree's leaves, leading dimensions kept."""
         lead = vector.shape[:-1]
         if len(self.sizes) == 1:
-            return tree_unflatten([vector.reshape(*lead, *self.shapes[0])], self.spec)
+            return tree_unflatten([vector.reshape((*lead, *self.shapes[0]))], self.spec)
         parts = torch.split(vector, list(self.sizes), dim=-1)
-        leaves = [p.reshape(*lead, *s) for p, s in zip(parts, self.shapes, strict=True)]
+        leaves = [p.reshape((*lead, *s)) for p, s in zip(parts, self.shapes, strict=True)]
         return tree_unflatten(leaves, self.spec)
 
 

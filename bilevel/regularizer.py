@@ -19,8 +19,8 @@ __all__ = ["Proximal"]
 class Proximal:
     r"""The proximal regularizer $r(x, z) = \tfrac12 \sum_i s_i (z_i - c_i(x))^2$.
 
-    With ``center(outer) = outer`` this is the regularizer of iMAML (Rajeswaran et al., 2019, eq. 3),
-    where the strength is called λ.
+    With ``center(outer) = outer`` this is the regularizer of iMAML (Rajeswaran et al., 2019,
+    eq. 3), where the strength is called λ.
 
     Args:
         strength: The $s_i \ge 0$. A number; a pytree prefix of the inner variable (one number or
@@ -35,7 +35,7 @@ class Proximal:
     Example:
         >>> Proximal(2.0)
         Proximal(strength=2.0, center=None)
-        >>> learned = Proximal(lambda outer: outer["log_strength"].exp(), lambda outer: outer["theta"])
+        >>> learned = Proximal(lambda outer: outer["log"].exp(), lambda outer: outer["theta"])
     """
 
     strength: PyTree | Callable[[PyTree], PyTree] = 1.0
@@ -130,11 +130,11 @@ def check_strength(value: object, name: str) -> None:
         )
 
 
-def _spreads(strength: Tensor | int | float) -> bool:
+def _spreads(strength: Tensor | float) -> bool:
     return isinstance(strength, Tensor) and strength.numel() != 1
 
 
-def _tensor(value: Tensor | int | float, vector: VectorSpec) -> Tensor:
+def _tensor(value: Tensor | float, vector: VectorSpec) -> Tensor:
     if isinstance(value, Tensor):
         return value.to(dtype=vector.dtype, device=vector.device)
     return torch.full((), float(value), dtype=vector.dtype, device=vector.device)
@@ -144,5 +144,3 @@ def _show(value: object) -> str:
     if isinstance(value, tuple):
         return str([tuple(shape) for shape in value])
     return str(value)
-
-

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .errors import BilevelWarning, RandomnessError
+from .errors import BilevelWarning, ObjectiveError, RandomnessError
 from .pytree import PyTree, tree_flatten, tree_unflatten
 
 __all__ = ["Stacking"]
@@ -62,18 +63,18 @@ class Stacking:
         name: str,
     ) -> PyTree:
         if count == 1:
-            return _lift(function(*_task(arguments, stacked)))
+            return _lift(function(*_task(arguments, stacked)), name)
         if self.mode == "loop" or name in self.looped:
-            return _loop(function, arguments, stacked, count)
+            return _loop(function, arguments, stacked, count, name)
         try:
-            return _vmap(function, arguments, stacked)
+            return _vmap(function, arguments, stacked, count, name)
         except RuntimeError as error:
             if "random operation" in str(error):
                 raise RandomnessError(randomness_message(name)) from error
             if self.mode == "vmap":
                 raise
             # What fails here too is the function's own error, told without vmap's words.
-            result = _loop(function, arguments, stacked, count)
+            result = _loop(function, arguments, stacked, count, name)
             self.looped.add(name)
             reason = str(error).strip().splitlines()[0][:160]
             warnings.warn(
@@ -94,7 +95,11 @@ def randomness_message(name: str) -> str:
 
 
 def _vmap(
-    function: Callable[..., PyTree], arguments: tuple[PyTree, ...], stacked: tuple[bool, ...]
+    function: Callable[..., PyTree],
+    arguments: tuple[PyTree, ...],
+    stacked: tuple[bool, ...],
+    count: int,
+    name: str,
 ) -> PyTree:
     leaves, spec = tree_flatten(arguments)
     owner = [
@@ -103,17 +108,36 @@ def _vmap(
         for _ in tree_flatten(argument)[0]
     ]
     mapped = [flag and isinstance(x, Tensor) for flag, x in zip(owner, leaves, strict=True)]
-    result_spec: Any = None
+    if not any(mapped):
+        # Nothing differs between tasks: one evaluation serves all.
+        out, result_spec = tree_flatten(function(*arguments))
+        _check_tensors(out, name)
+        return tree_unflatten([x.expand(count, *x.shape) for x in out], result_spec)
+    result_spec = None
 
     def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
         nonlocal result_spec
         rest = iter(tensors)
         full = [next(rest) if m else x for m, x in zip(mapped, leaves, strict=True)]
         out, result_spec = tree_flatten(function(*tree_unflatten(full, spec)))
+        _check_tensors(out, name)
         return tuple(out)
 
-    out = torch.vmap(flat)(*(x for m, x in zip(mapped, leaves, strict=True) if m))
-    return tree_unflatten(out, result_spec)
+    with _no_slow_fallback():
+        results = torch.vmap(flat)(*(x for m, x in zip(mapped, leaves, strict=True) if m))
+    return tree_unflatten(results, result_spec)
+
+
+@contextmanager
+def _no_slow_fallback() -> Iterator[None]:
+    """Let vmap refuse what it would only loop over inside, with a warning of its own."""
+    functorch = torch._C._functorch
+    before = functorch._is_vmap_fallback_enabled()
+    functorch._set_vmap_fallback_enabled(False)
+    try:
+        yield
+    finally:
+        functorch._set_vmap_fallback_enabled(before)
 
 
 def _loop(
@@ -121,6 +145,7 @@ def _loop(
     arguments: tuple[PyTree, ...],
     stacked: tuple[bool, ...],
     count: int,
+    name: str,
 ) -> PyTree:
     # Unbind once: its derivative is one stack, where indexing would add up `count` full tensors.
     leaves, spec = tree_flatten(arguments)
@@ -136,8 +161,18 @@ def _loop(
     rows, out_spec = [], None
     for row in zip(*columns, strict=True):
         out, out_spec = tree_flatten(function(*tree_unflatten(row, spec)))
+        _check_tensors(out, name)
         rows.append(out)
     return tree_unflatten([torch.stack(column) for column in zip(*rows, strict=True)], out_spec)
+
+
+def _check_tensors(leaves: list[Any], name: str) -> None:
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            raise ObjectiveError(
+                f"`{name}` returned a {type(leaf).__name__}; return tensors only, such as "
+                "torch.as_tensor of it"
+            )
 
 
 def _task(arguments: tuple[PyTree, ...], stacked: tuple[bool, ...]) -> tuple[PyTree, ...]:
@@ -152,6 +187,7 @@ def _task(arguments: tuple[PyTree, ...], stacked: tuple[bool, ...]) -> tuple[PyT
     )
 
 
-def _lift(tree: PyTree) -> PyTree:
+def _lift(tree: PyTree, name: str) -> PyTree:
     leaves, spec = tree_flatten(tree)
-    return tree_unflatten([x.unsqueeze(0) if isinstance(x, Tensor) else x for x in leaves], spec)
+    _check_tensors(leaves, name)
+    return tree_unflatten([x.unsqueeze(0) for x in leaves], spec)

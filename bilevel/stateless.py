@@ -45,7 +45,8 @@ def stateless(module: nn.Module) -> tuple[dict[str, Tensor], Callable[..., Any]]
     if not params:
         raise ObjectiveError("`module` has no parameter; there is nothing to learn")
     buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
-    frozen = copy.deepcopy(module).to("meta")
+    # A copy: what the caller does to the module later must not reach the function.
+    frozen = copy.deepcopy(module).requires_grad_(False)
 
     def net(params: dict[str, Tensor], /, *args: Any, **kwargs: Any) -> Any:
         state = {**_like(buffers, params), **params} if buffers else params

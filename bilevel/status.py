@@ -54,9 +54,9 @@ _CURE = {
     Status.CONVERGED: "nothing to do",
     Status.BUDGET: "set `tol` or `rtol` to be told about convergence",
     Status.MAX_STEPS: "raise `max_steps`, loosen the tolerance, or add damping",
-    Status.INDEFINITE: "raise the proximal strength, add damping, or solve the inner problem better",
+    Status.INDEFINITE: "raise the proximal strength, add damping, or solve further",
     Status.DIVERGED: "lower the learning rate or the Neumann scale below 2/L",
-    Status.NON_FINITE: "look for log(0), 0/0 or overflow in the objectives; lower the learning rate",
+    Status.NON_FINITE: "look for log(0), 0/0 or overflow in an objective; lower the learning rate",
 }
 
 
@@ -76,7 +76,7 @@ def members(codes: Tensor) -> tuple[Status, ...]:
 
 
 def residual_status(residual: Tensor, target: Tensor, *, asked: bool) -> Tensor:
-    """CONVERGED where the residual is within the target; else BUDGET, or MAX_STEPS if one was asked."""
+    """CONVERGED within the target; else BUDGET, or MAX_STEPS where a target was asked for."""
     other = Status.MAX_STEPS if asked else Status.BUDGET
     codes = torch.where(residual <= target, int(Status.CONVERGED), int(other)).to(torch.int8)
     return torch.where(residual.isfinite(), codes, int(Status.NON_FINITE)).to(torch.int8)

@@ -44,12 +44,16 @@ class Task:
         """
         if not tasks:
             raise ValueError("`tasks` is empty; stack at least one task")
-        device = next((x.device for x in tree_leaves(_data(tasks[0])) if isinstance(x, Tensor)), None)
+        device = next(
+            (x.device for x in tree_leaves(_data(tasks[0])) if isinstance(x, Tensor)), None
+        )
         return TaskBatch(
             _stack([task.inner_batch for task in tasks], "inner_batch"),
             _stack([task.outer_batch for task in tasks], "outer_batch"),
             keys=tuple(task.key for task in tasks),
-            weights=torch.tensor([task.weight for task in tasks], dtype=torch.float64, device=device),
+            weights=torch.tensor(
+                [task.weight for task in tasks], dtype=torch.float64, device=device
+            ),
         )
 
 
@@ -82,7 +86,7 @@ class TaskBatch:
                 if isinstance(leaf, Tensor):
                     if leaf.ndim == 0:
                         raise ValueError(
-                            f"`{name}` has no dimension of tasks; stack single tasks with Task.stack"
+                            f"`{name}` has no dimension of tasks; stack tasks with Task.stack"
                         )
                     sizes[name] = leaf.shape[0]
         for name, values in (("keys", self.keys), ("weights", self.weights)):
@@ -111,7 +115,8 @@ class TaskBatch:
     def select(self, index: Tensor) -> TaskBatch:
         """The tasks at ``index`` (``[k]``, int64), in that order."""
         positions = index.tolist()
-        assert self.keys is not None and self.weights is not None
+        assert self.keys is not None
+        assert self.weights is not None
         return TaskBatch(
             _select(self.inner_batch, index),
             _select(self.outer_batch, index),
@@ -122,7 +127,8 @@ class TaskBatch:
 
     def unstack(self) -> list[Task]:
         """The tasks one by one."""
-        assert self.keys is not None and self.weights is not None
+        assert self.keys is not None
+        assert self.weights is not None
         weights = self.weights.tolist()
         return [
             Task(_pick(self.inner_batch, i), _pick(self.outer_batch, i), self.keys[i], weights[i])

@@ -77,7 +77,9 @@ class Trainer:
         >>> from bilevel import Proximal, Trainer, problem_from
         >>> from bilevel.solvers import GradientDescent, ImplicitCG
         >>> problem = problem_from(
-        ...     lambda z, x, batch: 0.5 * (z**2).sum(), lambda z, x, batch: (z**2).sum(), Proximal(1.0)
+        ...     lambda z, x, batch: 0.5 * (z**2).sum(),
+        ...     lambda z, x, batch: (z**2).sum(),
+        ...     Proximal(1.0),
         ... )
         >>> outer = torch.ones(2)
         >>> trainer = Trainer(

@@ -1,7 +1,8 @@
 r"""A network adapted to each task close to common parameters: iMAML (Rajeswaran et al., 2019).
 
 $$\phi^\star(\theta) = \arg\min_\phi \mathcal{L}(\phi, \text{support}) +
-  \tfrac\lambda2 \|\phi - \theta\|^2, \qquad F(\theta) = \mathcal{L}(\phi^\star(\theta), \text{query})$$
+  \tfrac\lambda2 \|\phi - \theta\|^2, \qquad
+  F(\theta) = \mathcal{L}(\phi^\star(\theta), \text{query})$$
 
 The strength λ may be learned along with θ.
 """

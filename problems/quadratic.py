@@ -75,14 +75,15 @@ class Quadratic(BilevelProblem):
         return start
 
     def solution(self, outer: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """z*(x) ``[n]`` of one task, solved in float64 and differentiable; for `ClosedForm`."""
+        """z*(x) ``[n]`` of one task, for `ClosedForm`; in float64, differentiable."""
         outer, dtype = outer.double(), batch["c"].dtype
         batch = {key: tensor.double() for key, tensor in batch.items()}
         linear = batch["B"] @ outer + batch["c"]
         if self.regularizer is not None:
             strength, center = self._proximal(outer, linear)
             linear = linear + strength * center
-        return torch.linalg.solve(self.hessian(outer, batch), linear).to(dtype)
+        z: Tensor = torch.linalg.solve(self.hessian(outer, batch), linear)
+        return z.to(dtype)
 
     def hessian(self, outer: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """The regularised inner Hessian A + diag(s) ``[n, n]``."""
@@ -99,8 +100,8 @@ class Quadratic(BilevelProblem):
         inner = {key: tensor.double() for key, tensor in task.inner_batch.items()}
         outer = {key: tensor.double() for key, tensor in task.outer_batch.items()}
         z = self.solution(x, inner)
-        v = torch.linalg.solve(self.hessian(x, inner), z - outer["t"])
-        gradient = outer["d"] + inner["B"].mT @ v
+        v: Tensor = torch.linalg.solve(self.hessian(x, inner), z - outer["t"])
+        gradient: Tensor = outer["d"] + inner["B"].mT @ v
         if self.regularizer is None:
             return gradient
 

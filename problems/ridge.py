@@ -68,10 +68,11 @@ class Ridge(BilevelProblem):
         return {"mse": 2 * self.outer_objective(inner, outer, batch)}
 
     def solution(self, outer: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """w*(x) ``[features]`` of one task, solved in float64 and differentiable; for `ClosedForm`."""
+        """w*(x) ``[features]`` of one task, for `ClosedForm`; in float64, differentiable."""
         features, targets = (tensor.double() for tensor in batch)
         moment = features.mT @ targets / len(targets)
-        return torch.linalg.solve(self.hessian(outer, batch), moment).to(batch[0].dtype)
+        w: Tensor = torch.linalg.solve(self.hessian(outer, batch), moment)
+        return w.to(batch[0].dtype)
 
     def hessian(self, outer: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
         """The regularised inner Hessian XᵀX / N + diag(eˣ) ``[features, features]``, float64."""
@@ -84,11 +85,12 @@ class Ridge(BilevelProblem):
         return mean_over_tasks(lambda one: self._hypergradient(x, one), task).to(outer.dtype)
 
     def _hypergradient(self, x: Tensor, task: Task) -> Tensor:
-        train = tuple(tensor.double() for tensor in task.inner_batch)
-        features, targets = (tensor.double() for tensor in task.outer_batch)
-        w = self.solution(x, (train[0], train[1]))
+        inner, outer = task.inner_batch, task.outer_batch
+        train = (inner[0].double(), inner[1].double())
+        features, targets = outer[0].double(), outer[1].double()
+        w = self.solution(x, train)
         rhs = features.mT @ (features @ w - targets) / len(targets)
-        v = torch.linalg.solve(self.hessian(x, (train[0], train[1])), rhs)
+        v: Tensor = torch.linalg.solve(self.hessian(x, train), rhs)
         return -x.exp() * w * v
 
     @classmethod

@@ -88,14 +88,19 @@ class Sinusoid(Adaptation):
     ) -> Example:
         """A small instance with a smooth activation; see `Example`."""
         params, net = cls.network(8, nn.Tanh, seed, dtype)
-        batch = SinusoidSampler(10, 10, 1 if tasks is None else tasks, seed, dtype)(0)
+        # Small outputs and a strong regularizer: positive definite at the start already.
+        params = {**params, "4.weight": 0.3 * params["4.weight"]}
+        sampler = SinusoidSampler(
+            10, 10, 1 if tasks is None else tasks, seed, dtype, amplitudes=(0.5, 1.5)
+        )
+        batch = sampler(0)
         return Example(
-            cls(net),
+            cls(net, strength=15.0),
             params,
             batch.unstack()[0] if tasks is None else batch,
-            LBFGS(max_steps=500, tol=1e-11 if dtype == torch.float64 else 1e-5),
-            lipschitz=100.0,
-            mu=0.1,
+            LBFGS(max_steps=500, tol=1e-11 if dtype == torch.float64 else 3e-6),
+            lipschitz=26.0,
+            mu=4.0,
             note="sine waves of different amplitudes, network 1-8-8-1 with tanh",
         )
 
@@ -110,6 +115,8 @@ class SinusoidSampler:
         tasks: Tasks per call.
         seed: Seed of the sequence.
         dtype: Of the data.
+        amplitudes: The interval that amplitudes are drawn from.
+        phases: The interval that phases are drawn from.
 
     Raises:
         ValueError: A count is not positive.
@@ -124,6 +131,8 @@ class SinusoidSampler:
     tasks: int = 25
     seed: int = 0
     dtype: torch.dtype = torch.float32
+    amplitudes: tuple[float, float] = (0.1, 5.0)
+    phases: tuple[float, float] = (0.0, math.pi)
 
     def __post_init__(self) -> None:
         for name in ("shots", "queries", "tasks"):
@@ -148,12 +157,10 @@ class SinusoidSampler:
         random = generator(self.seed, step, "sinusoid")
 
         def uniform(low: float, high: float, points: int) -> Tensor:
-            draws = torch.rand(
-                self.tasks, points, 1, generator=random, dtype=torch.float64
-            )
+            draws = torch.rand(self.tasks, points, 1, generator=random, dtype=torch.float64)
             return low + (high - low) * draws
 
-        amplitude, phase = uniform(0.1, 5.0, 1), uniform(0.0, math.pi, 1)
+        amplitude, phase = uniform(*self.amplitudes, 1), uniform(*self.phases, 1)
 
         def draw(points: int) -> Batch:
             u = uniform(-5.0, 5.0, points)

@@ -22,7 +22,7 @@ def spd(n, condition=10.0, seed=0, largest=None):
 def randn(*shape, seed=0, dtype=torch.float64):
     """Normal numbers from their own generator."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=dtype)
+    return torch.randn(shape, generator=generator, dtype=dtype)
 
 
 def product(A):
@@ -89,12 +89,24 @@ def five_point(function, h=1e-3):
     return (8 * (function(h) - function(-h)) - (function(2 * h) - function(-2 * h))) / (12 * h)
 
 
-def assert_directional(gradient, value, outer, *, rtol=1e-6, h=1e-3, directions=2):
-    """``gradient`` is that of ``value(outer)``, along a few random directions."""
-    scale = inner_product(gradient, gradient).sqrt().item()
+def slopes(value, outer, *, h=1e-3, directions=2):
+    """The derivatives of ``value`` at ``outer`` along a few random directions."""
+    found = []
     for seed in range(directions):
         d = direction_like(outer, seed)
-        want = five_point(lambda t, d=d: value(along(outer, d, t)), h)
+        found.append((d, five_point(lambda t, d=d: value(along(outer, d, t)), h)))
+    return found
+
+
+def assert_directional(gradient, value, outer, *, rtol=1e-6, h=1e-3, directions=2):
+    """``gradient`` is that of ``value(outer)``, along a few random directions."""
+    assert_slopes(gradient, slopes(value, outer, h=h, directions=directions), rtol=rtol)
+
+
+def assert_slopes(gradient, found, *, rtol=1e-6):
+    """``gradient`` has these `slopes`."""
+    scale = inner_product(gradient, gradient).sqrt().item()
+    for d, want in found:
         got = inner_product(gradient, d)
         # A direction may lie almost across the gradient: errors are relative to its length.
         assert abs(got - want) <= rtol * max(scale, 1e-12), (got.item(), want.item(), scale)
@@ -152,9 +164,7 @@ class Solved:
         z = torch.cat([leaf.detach().reshape(-1) for leaf in leaves])
         for _ in range(50):
             point, gradient = self._gradient(z, outer, task, spec, shapes)
-            rows = [
-                torch.autograd.grad(entry, point, retain_graph=True)[0] for entry in gradient
-            ]
+            rows = [torch.autograd.grad(entry, point, retain_graph=True)[0] for entry in gradient]
             hessian = torch.stack(rows)
             factor = torch.linalg.cholesky((hessian + hessian.mT) / 2)
             if gradient.norm() <= self.tol:

@@ -59,6 +59,11 @@ def name(value):
     return type(value).__name__
 
 
+def stack_of(tasks):
+    """Stacked tasks whose data nobody reads."""
+    return TaskBatch(torch.zeros(tasks, 1, dtype=F64), torch.zeros(tasks, 1, dtype=F64))
+
+
 def isotropic(scale=2.0):
     """g = scale/2 ‖z‖² − zᵀx, f = ½ ‖z − 1‖²: z* = x / scale, dF/dx = (x / scale − 1) / scale."""
     return problem_from(
@@ -464,7 +469,6 @@ def test_an_unused_outer_leaf_is_named(method):
 @pytest.mark.parametrize("tasks", [1, 3])
 def test_a_captured_tensor_that_requires_grad_is_refused(where, tasks):
     hidden = torch.tensor(2.0, dtype=F64, requires_grad=True)
-    use = {key: hidden if key == where else hidden.detach() for key in ("inner_objective",)}
     use = {
         key: (hidden if key == where else hidden.detach())
         for key in ("inner_objective", "outer_objective", "center", "initial_inner")
@@ -479,7 +483,7 @@ def test_a_captured_tensor_that_requires_grad_is_refused(where, tasks):
         hypergradient(
             problem,
             torch.ones(3, dtype=F64),
-            TaskBatch(count=tasks),
+            stack_of(tasks),
             inner_solver=GradientDescent(lr=0.1, max_steps=3),
             method=ImplicitCG(),
         )
@@ -542,7 +546,7 @@ def test_an_infinite_gradient_of_a_finite_objective_is_found(method):
 )
 def test_an_objective_that_returns_no_scalar_tensor_is_refused(tasks, which, value, found):
     with pytest.raises(ObjectiveError, match=rf"`{which}_objective` returned.*{found}"):
-        solve(with_objectives(**{which: value}), torch.ones(3, dtype=F64), TaskBatch(count=tasks))
+        solve(with_objectives(**{which: value}), torch.ones(3, dtype=F64), stack_of(tasks))
 
 
 @pytest.mark.parametrize("tasks", [1, 3])
@@ -554,7 +558,7 @@ def test_data_of_another_dtype_is_named(tasks, which):
     )
     data = {"data": torch.ones(tasks, 2, 3, dtype=torch.float32)}
     batch = TaskBatch(**{f"{which}_batch": data})
-    with pytest.raises(ObjectiveError, match=rf"{which}_batch\['data'\]` has dtype"):
+    with pytest.raises(ObjectiveError, match=rf"dtype.*{which}_batch\['data'\]"):
         solve(problem, torch.ones(3, dtype=F64), batch)
 
 
@@ -574,7 +578,7 @@ def test_data_on_another_device_is_named(tasks, which):
     )
     data = {"data": torch.ones(tasks, 2, 3, dtype=F64, device="meta")}
     batch = TaskBatch(**{f"{which}_batch": data})
-    with pytest.raises(ObjectiveError, match=rf"{which}_batch\['data'\]` has device"):
+    with pytest.raises(ObjectiveError, match=rf"device.*{which}_batch\['data'\]"):
         solve(problem, torch.ones(3, dtype=F64), batch)
 
 
@@ -612,7 +616,7 @@ def test_an_objective_that_changes_the_outer_variable_is_refused(tasks, which, g
     )
     x = {"w": torch.ones(3, dtype=F64, requires_grad=True)}
     with pytest.raises(InPlaceError, match=f"{which}_objective"):
-        solve(problem, x, TaskBatch(count=tasks))
+        solve(problem, x, stack_of(tasks))
     assert torch.equal(x["w"], torch.ones(3, dtype=F64))
 
 
@@ -623,7 +627,7 @@ def test_an_objective_that_changes_the_inner_variable_is_refused(tasks):
         return ((z - x) ** 2).sum()
 
     with pytest.raises(InPlaceError, match="inner_objective"):
-        solve(with_objectives(inner=value), torch.ones(3, dtype=F64), TaskBatch(count=tasks))
+        solve(with_objectives(inner=value), torch.ones(3, dtype=F64), stack_of(tasks))
 
 
 @pytest.mark.parametrize("tasks", [1, 3])
@@ -634,9 +638,7 @@ def test_an_objective_that_changes_its_data_is_refused(tasks):
 
     images = torch.ones(tasks, 4, dtype=F64)
     with pytest.raises(InPlaceError, match=re.escape("inner_batch['images']")):
-        solve(
-            with_objectives(inner=value), torch.ones(3, dtype=F64), TaskBatch({"images": images})
-        )
+        solve(with_objectives(inner=value), torch.ones(3, dtype=F64), TaskBatch({"images": images}))
 
 
 @pytest.mark.parametrize("function", ["initial_inner", "center", "strength"])
@@ -801,16 +803,17 @@ def test_memory_of_implicit_methods_does_not_grow_with_inner_steps():
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             x = torch.ones(3, dtype=F64, requires_grad=True)
             z = argmin(isotropic(1.0), x, inner_solver=live, method=ImplicitCG(), inner=x.detach())
-        saved.append(sum(t.numel() for t in z.grad_fn.saved_tensors) if hasattr(
-            z.grad_fn, "saved_tensors") else None)
+        saved.append(
+            sum(t.numel() for t in z.grad_fn.saved_tensors)
+            if hasattr(z.grad_fn, "saved_tensors")
+            else None
+        )
     assert saved[0] == saved[1]
 
 
 @pytest.mark.parametrize("method", [ImplicitCG(rtol=1e-12), Unrolled()], ids=name)
 def test_unused_argmin_does_no_backward_work_and_used_one_is_exact(method):
     x = torch.tensor([1.0, -2.0], dtype=F64, requires_grad=True)
-    z = argmin(
-        isotropic(4.0), x, inner_solver=GradientDescent(lr=0.25, max_steps=3), method=method
-    )
+    z = argmin(isotropic(4.0), x, inner_solver=GradientDescent(lr=0.25, max_steps=3), method=method)
     (z**2).sum().backward()
     close(x.grad, 2 * x.detach() / 16)

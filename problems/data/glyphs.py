@@ -8,7 +8,6 @@ once, with a possible corner at that place: straight lines, hooks, arcs, waves a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -21,6 +20,26 @@ __all__ = ["glyphs"]
 _STROKES = 4  # at most, in one glyph
 _POINTS = 40  # along one stroke
 _CHUNK = 64  # glyphs rasterised at a time, so that the distances stay in the cache
+
+
+@dataclass(frozen=True)
+class _Hand:
+    """How unsteady the hand is that draws an example: standard deviations."""
+
+    place: float = 0.025  # start of a stroke
+    attach: float = 0.02  # place on the stroke to which another is attached
+    heading: float = 0.045
+    length: float = 0.05  # relative
+    bend: float = 0.05
+    corner: float = 0.05  # relative
+    angle: float = 0.07  # of the whole drawing, as are all below
+    shear: float = 0.07
+    stretch: float = 0.07  # relative
+    shift: float = 0.06  # relative to the picture
+    width: float = 0.10  # of the pen, relative
+
+
+_HAND = _Hand()
 
 
 def glyphs(
@@ -58,9 +77,14 @@ def glyphs(
         raise ValueError(f"`size` is {size}; strokes need at least 8 pixels")
     random = _Random(seed)
     alphabet = torch.arange(classes) * alphabets // classes
-    characters = _characters(_styles(alphabets, random), alphabet, random)
-    paths = _place(_trace(_redraw(characters, examples, random)), random)
-    pictures = _rasterise(paths, _widths(classes * examples, random), size)
+    styles = _styles(alphabets, random)
+    characters = _characters(styles, alphabet, random)
+    sizes = random.uniform(classes, low=0.55, high=1.0).repeat_interleave(examples)
+    paths = _place(_trace(_redraw(characters, examples, random)), sizes, random)
+    widths = styles.width[alphabet] * random.uniform(classes, low=0.6, high=1.6)
+    widths = widths.clamp(0.02, 0.05).repeat_interleave(examples)
+    widths = widths * random.normal(classes * examples, scale=_HAND.width).exp().clamp(0.7, 1.4)
+    pictures = _rasterise(paths, widths, size)
     first = torch.searchsorted(alphabet, alphabet)
     names = tuple(
         f"alphabet{a + 1:02d}/character{i - f + 1:02d}"
@@ -95,6 +119,7 @@ class _Styles:
     corner: Tensor  # probability of a corner
     attach: Tensor  # probability that a stroke starts on an earlier one
     length: Tensor  # typical length of a stroke
+    width: Tensor  # half the width of the pen, relative to the picture
 
 
 @dataclass(frozen=True)
@@ -118,21 +143,24 @@ def _styles(count: int, random: _Random) -> _Styles:
         return random.uniform(count, low=low, high=high)
 
     return _Styles(
-        strokes=between(2.0, 3.6),
+        strokes=between(1.6, 4.2),
         directions=between(4.0, 9.0).floor(),
         slant=between(-0.3, 0.3),
-        bend=between(0.6, 2.4),
-        straight=between(0.1, 0.6),
-        corner=between(0.1, 0.6),
+        bend=between(0.4, 2.8),
+        straight=between(0.0, 0.8),
+        corner=between(0.0, 0.8),
         attach=between(0.5, 1.0),
-        length=between(0.9, 1.5),
+        length=between(0.9, 1.6),
+        width=between(0.018, 0.042),
     )
 
 
 def _characters(styles: _Styles, alphabet: Tensor, random: _Random) -> _Strokes:
     """What all drawings of a class share, ``[classes, strokes]``."""
     shape = (len(alphabet), _STROKES)
-    style = {f.name: getattr(styles, f.name)[alphabet].unsqueeze(1) for f in fields(styles)}
+    style: dict[str, Tensor] = {
+        f.name: getattr(styles, f.name)[alphabet].unsqueeze(1) for f in fields(styles)
+    }
 
     def chance(probability: Tensor) -> Tensor:
         return random.uniform(*shape) < probability
@@ -146,7 +174,7 @@ def _characters(styles: _Styles, alphabet: Tensor, random: _Random) -> _Strokes:
 
     position = torch.arange(_STROKES)
     count = (style["strokes"] + random.uniform(len(alphabet), 1, low=-1.0, high=1.0)).round()
-    drawn = position < count.clamp(1, _STROKES)
+    drawn = position < count.clamp(2, _STROKES)
     direction = (random.uniform(*shape) * style["directions"]).floor() / style["directions"]
     attached = chance(style["attach"]) & (position > 0)
     anchor = (random.uniform(*shape) * position).floor().long()
@@ -168,7 +196,7 @@ def _characters(styles: _Styles, alphabet: Tensor, random: _Random) -> _Strokes:
 
 def _redraw(characters: _Strokes, examples: int, random: _Random) -> _Strokes:
     """Other drawings of the same characters, ``[classes * examples, strokes]``."""
-    again = {
+    again: dict[str, Tensor] = {
         f.name: getattr(characters, f.name).repeat_interleave(examples, 0)
         for f in fields(characters)
     }
@@ -179,15 +207,15 @@ def _redraw(characters: _Strokes, examples: int, random: _Random) -> _Strokes:
 
     return _Strokes(
         drawn=again["drawn"],
-        x=again["x"] + jitter(0.07),
-        y=again["y"] + jitter(0.07),
-        heading=again["heading"] + jitter(0.12),
-        length=again["length"] * (1 + jitter(0.12).clamp(-0.5, 0.5)),
-        bend=again["bend"] * (1 + jitter(0.12)) + jitter(0.13),
-        bend_after=again["bend_after"] * (1 + jitter(0.12)) + jitter(0.13),
-        corner=again["corner"] * (1 + jitter(0.12)),
+        x=again["x"] + jitter(_HAND.place),
+        y=again["y"] + jitter(_HAND.place),
+        heading=again["heading"] + jitter(_HAND.heading),
+        length=again["length"] * jitter(_HAND.length).exp(),
+        bend=again["bend"] + jitter(_HAND.bend),
+        bend_after=again["bend_after"] + jitter(_HAND.bend),
+        corner=again["corner"] * jitter(_HAND.corner).exp(),
         anchor=again["anchor"],
-        anchor_at=again["anchor_at"] + jitter(0.05),
+        anchor_at=again["anchor_at"] + jitter(_HAND.attach),
     )
 
 
@@ -218,34 +246,37 @@ def _trace(strokes: _Strokes) -> Tensor:
     return paths.masked_fill(~strokes.drawn[:, :, None, None], math.nan)
 
 
-def _place(paths: Tensor, random: _Random) -> Tensor:
-    """Fit each drawing into the unit square, then move it as a hand would."""
+def _place(paths: Tensor, sizes: Tensor, random: _Random) -> Tensor:
+    """Fit each drawing into the unit square, then move it as a hand would.
+
+    Small and large letters keep their relative size, ``sizes [batch]``.
+    """
     batch = len(paths)
     low = paths.nan_to_num(nan=math.inf).amin((1, 2))
     high = paths.nan_to_num(nan=-math.inf).amax((1, 2))
     # No glyph is blown up to more than twice its size: a short line stays one.
     extent = (high - low).amax(-1).clamp(min=0.5)
     centred = (paths - ((low + high) / 2)[:, None, None]) / extent[:, None, None, None]
-    angle = random.normal(batch, scale=0.12)
-    shear = random.normal(batch, scale=0.12)
-    scale = 0.66 * torch.exp(random.normal(batch, 2, scale=0.10))
-    scale = scale.clamp(0.5, 0.82)
-    shift = random.normal(batch, 2, scale=0.035).clamp(-0.08, 0.08)
-    cos, sin = angle.cos() * scale[:, 0], angle.sin() * scale[:, 1]
-    matrix = torch.stack(
-        [
-            torch.stack([cos, shear * scale[:, 0] - sin], -1),
-            torch.stack([sin, angle.cos() * scale[:, 1]], -1),
-        ],
-        -2,
+    angle = random.normal(batch, scale=_HAND.angle)
+    shear = random.normal(batch, scale=_HAND.shear)
+    scale = (
+        0.74 * sizes[:, None] * random.normal(batch, 2, scale=_HAND.stretch).exp().clamp(0.7, 1.3)
     )
-    moved = (centred.flatten(1, 2) @ matrix.mT).view_as(centred)
-    return moved + 0.5 + shift[:, None, None]
-
-
-def _widths(batch: int, random: _Random) -> Tensor:
-    """Half the width of the pen relative to the picture, ``[batch]``."""
-    return 0.026 * random.normal(batch, scale=0.2).exp().clamp(0.7, 1.5)
+    cos, sin = angle.cos(), angle.sin()
+    x, y = (centred * scale[:, None, None]).unbind(-1)
+    x = x + shear[:, None, None] * y
+    turned = torch.stack(
+        [
+            cos[:, None, None] * x - sin[:, None, None] * y,
+            sin[:, None, None] * x + cos[:, None, None] * y,
+        ],
+        -1,
+    )
+    # Not so far that the drawing leaves the picture.
+    reach = turned.nan_to_num(nan=0.0).abs().amax((1, 2))
+    room = (0.47 - reach).clamp(min=0.0)
+    shift = random.normal(batch, 2, scale=_HAND.shift).clamp(-room, room)
+    return turned + 0.5 + shift[:, None, None]
 
 
 def _rasterise(paths: Tensor, widths: Tensor, size: int) -> Tensor:

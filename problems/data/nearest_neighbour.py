@@ -24,4 +24,5 @@ def pixel_nearest_neighbour(batch: TaskBatch) -> Tensor:
     query, query_labels = batch.outer_batch
     nearest = torch.cdist(query.flatten(2), support.flatten(2)).argmin(-1)
     predicted = support_labels.gather(1, nearest)
-    return (predicted == query_labels).to(query.dtype).mean(-1)
+    accuracy: Tensor = (predicted == query_labels).to(query.dtype).mean(-1)
+    return accuracy

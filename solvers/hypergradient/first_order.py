@@ -1,6 +1,7 @@
 r"""The first-order hypergradient, FOMAML (Finn, Abbeel and Levine, 2017, section 5.2).
 
-$$\frac{dF}{dx} \approx \partial_x f + \left(\frac{\partial z_0}{\partial x}\right)^{\!\top} \partial_z f$$
+$$\frac{dF}{dx} \approx \partial_x f
+  + \left(\frac{\partial z_0}{\partial x}\right)^{\!\top} \partial_z f$$
 
 with $z_0(x)$ the initial inner point: the inner steps are taken to have derivative one. No second
 derivative is taken. Biased in general; useless where $z_0$ does not depend on $x$ and neither does
@@ -54,6 +55,4 @@ class FirstOrder(HypergradientMethod):
             direct = torch.autograd.grad(
                 outer_value, leaves, weights.to(outer_value.dtype), allow_unused=True
             )
-        return Estimate(
-            add(direct, through), z.detach(), inner_value, outer_value.detach(), inner
-        )
+        return Estimate(add(direct, through), z.detach(), inner_value, outer_value.detach(), inner)

@@ -1,6 +1,7 @@
 r"""The implicit hypergradient with any linear solver.
 
-$$\frac{dF}{dx} = \partial_x f - (\partial_x \partial_z G)^\top v, \qquad (\partial^2_{zz} G)\, v = \partial_z f$$
+$$\frac{dF}{dx} = \partial_x f - (\partial_x \partial_z G)^\top v,
+  \qquad (\partial^2_{zz} G)\, v = \partial_z f$$
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-r"""Reverse-mode differentiation through the inner solver's steps (Domke, 2012; MAML: Finn et al., 2017).
+r"""Reverse-mode differentiation through the inner solver's steps (Domke, 2012; Finn et al., 2017).
 
 $$\frac{dF}{dx} = \partial_x f + \sum_{t} \Big(\frac{\partial \Phi_t}{\partial x}\Big)^{\!\top}
-  \Big(\frac{\partial z_T}{\partial z_t}\Big)^{\!\top} \partial_z f, \qquad z_t = \Phi_t(z_{t-1}, x)$$
+  \Big(\frac{\partial z_T}{\partial z_t}\Big)^{\!\top} \partial_z f,
+  \qquad z_t = \Phi_t(z_{t-1}, x)$$
 
 Exact for the T-step map, whether or not it has converged. ``truncate=K`` differentiates the last K
 steps only (Shaban et al., 2019). ``checkpoint`` stores one point for every segment of steps and
@@ -109,9 +110,7 @@ class Unrolled(HypergradientMethod):
         return carry
 
 
-def _segment(
-    graph: FlatProblem, solver: InnerSolver, carry: Carry, first: int, last: int
-) -> Carry:
+def _segment(graph: FlatProblem, solver: InnerSolver, carry: Carry, first: int, last: int) -> Carry:
     tensors, spec = tree_flatten([carry.z, carry.state, carry.active, carry.steps])
     work = _Work(graph, solver, spec, first, last, len(tensors))
     out = _Segment.apply(work, *tensors, *graph.outer.leaves)
@@ -148,7 +147,7 @@ class _Segment(Function):
             out = work(tuple(t.detach() for t in tensors), differentiable=False)
         # An output that is an input (state that a step leaves alone) needs a tensor of its own.
         out = tuple(o.clone() for o in out)
-        ctx.mark_non_differentiable(*(o for o in out if not o.is_floating_point()))
+        ctx.mark_non_differentiable(*(o for o in out if not _carries_gradient(o)))
         return out
 
     @staticmethod
@@ -156,24 +155,24 @@ class _Segment(Function):
         work: _Work = ctx.work
         with torch.enable_grad():
             # Aliases keep partial derivatives partial where one input depends on another.
-            inputs = tuple(
-                (t.view_as(t) if t.requires_grad else t.detach().requires_grad_())
-                if t.is_floating_point()
-                else t
-                for t in ctx.saved_tensors
-            )
+            inputs = tuple(t.view_as(t) if t.requires_grad else t for t in ctx.saved_tensors)
             out = work(inputs, differentiable=True)
         pairs = [(o, c) for o, c in zip(out, cotangents, strict=True) if o.requires_grad]
-        floating = [t for t in inputs if t.is_floating_point()]
-        if not pairs:
+        wanted = [t for t in inputs if t.requires_grad]
+        if not pairs or not wanted:
             return (None, *(None for _ in inputs))
         gradients = iter(
             torch.autograd.grad(
                 [o for o, _ in pairs],
-                floating,
+                wanted,
                 [c for _, c in pairs],
                 create_graph=torch.is_grad_enabled(),
                 allow_unused=True,
             )
         )
-        return (None, *(next(gradients) if t.is_floating_point() else None for t in inputs))
+        return (None, *(next(gradients) if t.requires_grad else None for t in inputs))
+
+
+def _carries_gradient(tensor: Tensor) -> bool:
+    # State without a dimension of tasks counts steps.
+    return tensor.is_floating_point() and tensor.ndim > 0

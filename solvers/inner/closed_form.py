@@ -6,8 +6,7 @@ Its stationarity is checked, so that a wrong formula is reported and not trusted
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -35,9 +34,9 @@ class ClosedForm(InnerSolver):
     A solution beyond the tolerance is MAX_STEPS, with its residual.
     """
 
-    max_steps: ClassVar[int] = 1
     fn: Callable[[PyTree, PyTree], PyTree]
     tol: float | None = None
+    max_steps: int = field(default=1, init=False, repr=False)
 
     def _init(self, flat: FlatProblem, z: Tensor) -> PyTree:
         return ()
@@ -75,6 +74,5 @@ class ClosedForm(InnerSolver):
             return super().report(carry, residual, None)
         scale = torch.ones_like(residual) if first_residual is None else first_residual
         limit = torch.finfo(carry.z.dtype).eps ** 0.5 * scale.clamp_min(1.0)
-        judge = replace(self, tol=1.0)
-        report = InnerSolver.report(judge, carry, residual / limit, None)
-        return replace(report, residual=residual)
+        judged = ClosedForm(self.fn, tol=1.0).report(carry, residual / limit, None)
+        return replace(judged, residual=residual)

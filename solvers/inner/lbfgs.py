@@ -68,6 +68,7 @@ class LBFGS(InnerSolver):
             # 1 / sᵀy of each pair; 0 marks an empty slot.
             "rho": torch.zeros(self.memory, len(z), dtype=torch.float64, device=z.device),
             "scale": 1.0 / norm(gradient).clamp_min(1.0),
+            "stuck": torch.zeros(len(z), dtype=torch.bool, device=z.device),
         }
 
     def _residual(self, flat: FlatProblem, z: Tensor, state: PyTree) -> Tensor:
@@ -79,20 +80,29 @@ class LBFGS(InnerSolver):
         slope = dot(gradient, direction)
         # Where rounding made it no descent direction, fall back to the gradient.
         uphill = slope >= 0
-        direction = torch.where(uphill.unsqueeze(-1), -column(state["scale"], z) * gradient, direction)
+        direction = torch.where(
+            uphill.unsqueeze(-1), -column(state["scale"], z) * gradient, direction
+        )
         slope = torch.where(uphill, dot(gradient, direction), slope)
-        new_z, value, new_gradient = _backtrack(flat, z, state, direction, slope)
+        # Tasks that are done, or have nowhere to go, must not keep the others searching.
+        size = norm(gradient)
+        rest = state["stuck"] | (size <= (self.tol or 0.0)) | ~size.isfinite()
+        new_z, value, new_gradient, found = _backtrack(flat, z, state, direction, slope, rest)
         s, y = new_z - z, new_gradient - gradient
         sy, yy, ss = dot(s, y), dot(y, y), dot(s, s)
         # A NaN fails the comparison and is skipped like negative curvature.
         keep = sy > torch.finfo(z.dtype).eps * (ss * yy).sqrt()
         rho = torch.where(keep, 1.0 / sy, 0.0)
+        rhos = _push(state["rho"].unsqueeze(-1), rho.unsqueeze(-1), keep).squeeze(-1)
+        # Without a step length the same search would fail for ever: start over from the gradient.
+        rhos = torch.where(found, rhos, 0.0)
         return new_z, {
             "value": value,
             "gradient": new_gradient,
             "s": _push(state["s"], s, keep),
             "y": _push(state["y"], y, keep),
-            "rho": _push(state["rho"].unsqueeze(-1), rho.unsqueeze(-1), keep).squeeze(-1),
+            "rho": rhos,
+            "stuck": rest | (~found & (state["rho"] == 0.0).all(0)),
             "scale": torch.where(keep, sy / yy, state["scale"]),
         }
 
@@ -112,32 +122,39 @@ def _two_loops(state: Any, gradient: Tensor) -> Tensor:
 
 
 def _backtrack(
-    flat: FlatProblem, z: Tensor, state: Any, direction: Tensor, slope: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Halve each task's step until Armijo's condition holds; a task without one stays."""
+    flat: FlatProblem, z: Tensor, state: Any, direction: Tensor, slope: Tensor, rest: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Halve each task's step until Armijo's condition holds; a task without one stays.
+
+    Returns the point, its value and gradient, and whether a step length was found.
+    """
     start_value, start_gradient = state["value"], state["gradient"]
-    # Near the solution the decrease drowns in rounding: there a smaller gradient decides.
+    # Near the solution the decrease drowns in rounding: there the slope decides (the approximate
+    # Wolfe condition of Hager and Zhang, 2005).
     noise = 8 * torch.finfo(z.dtype).eps * (start_value.abs() + 1.0)
-    start_norm = norm(start_gradient)
     length = torch.ones_like(slope)
-    done = torch.zeros_like(slope, dtype=torch.bool)
+    done = rest
     best_z, best_value, best_gradient = z, start_value, start_gradient
     for _ in range(_HALVINGS):
         trial = z + column(length, z) * direction
         value, gradient = flat.value_and_gradient(trial)
         value = value.double()
         armijo = value <= start_value + _ARMIJO * length * slope
-        flat_enough = (value <= start_value + noise) & (norm(gradient) < start_norm)
-        accept = ~done & (armijo | flat_enough) & gradient.isfinite().all(-1)
+        flatter = dot(gradient, direction).abs() <= 0.9 * slope.abs()
+        accept = (
+            ~done
+            & (armijo | (flatter & (value <= start_value + noise)))
+            & gradient.isfinite().all(-1)
+        )
         rows = accept.unsqueeze(-1)
         best_z = torch.where(rows, trial, best_z)
         best_gradient = torch.where(rows, gradient, best_gradient)
         best_value = torch.where(accept, value, best_value)
-        done = done | accept | ((start_norm == 0) | ~start_norm.isfinite())
+        done = done | accept
         if bool(done.all()):
             break
         length = torch.where(done, length, 0.5 * length)
-    return best_z, best_value, best_gradient
+    return best_z, best_value, best_gradient, done
 
 
 def _push(history: Tensor, new: Tensor, keep: Tensor) -> Tensor:

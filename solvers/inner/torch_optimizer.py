@@ -8,7 +8,8 @@ the entries of a tensor run task by task, on leaves of the user's shapes.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -29,7 +30,17 @@ _ELEMENTWISE = (
     "ASGD",
 )  # fmt: skip
 # Adamax and Rprop raise in-place errors when differentiated, in every release that we tried.
-_DIFFERENTIABLE = ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta", "ASGD")
+_DIFFERENTIABLE = (
+    "SGD",
+    "Adam",
+    "AdamW",
+    "NAdam",
+    "RAdam",
+    "RMSprop",
+    "Adagrad",
+    "Adadelta",
+    "ASGD",
+)
 
 
 @INNER_SOLVERS.register("torch-optimizer")
@@ -38,8 +49,9 @@ class TorchOptimizer(InnerSolver):
     """A `torch.optim` optimizer on the regularised inner objective.
 
     Args:
-        cls: The optimizer class, or its name in `torch.optim`. Elementwise ones of PyTorch (SGD, Adam, RMSprop, …) run on all
-            tasks at once; any other (LBFGS, Muon, Adafactor, your own) runs task by task.
+        cls: The optimizer class, or its name in `torch.optim`. Elementwise ones of PyTorch (SGD,
+            Adam, RMSprop, …) run on all tasks at once; any other (LBFGS, Muon, Adafactor, your
+            own) runs task by task.
         max_steps: The most steps.
         tol: Stop a task once ‖∂_z G‖ ≤ tol, looked at every 10 steps; None: take all steps.
         **options: Passed to ``cls``, such as ``lr``.
@@ -148,7 +160,7 @@ class TorchOptimizer(InnerSolver):
         if copy:
             optimizer.state[parameter] = copy
         parameter.grad = gradient if flat.differentiable else gradient.detach()
-        with torch.set_grad_enabled(flat.differentiable):
+        with torch.set_grad_enabled(flat.differentiable), _scalars_in(z.dtype):
             optimizer.step()
         return parameter, dict(optimizer.state[parameter])
 
@@ -162,9 +174,7 @@ class TorchOptimizer(InnerSolver):
                 ):
                     leaf.copy_(value)
 
-            def closure(
-                one: FlatProblem = one, leaves: list[Tensor] = leaves
-            ) -> Tensor:
+            def closure(one: FlatProblem = one, leaves: list[Tensor] = leaves) -> Tensor:
                 point = torch.cat([leaf.detach().reshape(-1) for leaf in leaves]).unsqueeze(0)
                 value, gradient = one.value_and_gradient(point)
                 parts = tree_leaves(flat.vector.unflatten(gradient[0].detach()))
@@ -190,6 +200,17 @@ class TorchOptimizer(InnerSolver):
             f"TorchOptimizer(cls={self.cls.__name__}, max_steps={self.max_steps}, tol={self.tol}"
             f"{options})"
         )
+
+
+@contextmanager
+def _scalars_in(dtype: torch.dtype) -> Iterator[None]:
+    """Let the optimizer keep its step count, hence its bias corrections, in ``dtype``."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 class _PerTask:

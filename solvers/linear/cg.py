@@ -61,10 +61,12 @@ class CG(LinearSolver):
         r = rhs if start is None else rhs - matvec(x)
         state = _State.begin(x, r)
         nonzero = dot(rhs, rhs) > 0
-        active = nonzero & (dot(r, r) > self.rtol**2)
+        # Below rounding the recurrence is noise; go no further, whatever was asked.
+        floor = max(self.rtol, torch.finfo(rhs.dtype).eps)
+        active = nonzero & (dot(r, r) > floor**2)
         spent = 0
         while True:
-            spent += self._iterate(matvec, state, active, self.max_steps - spent)
+            spent += _iterate(matvec, state, active, floor, self.max_steps - spent)
             residual = dot(state.r, state.r).sqrt()
             if self.rtol == 0.0:
                 break
@@ -79,7 +81,7 @@ class CG(LinearSolver):
                 break
         status = residual_status(
             torch.where(nonzero, residual, 0.0),
-            torch.full_like(residual, self.rtol),
+            torch.full_like(residual, self.rtol or floor),
             asked=self.rtol > 0,
         )
         indefinite = state.indefinite & (status != Status.CONVERGED)
@@ -94,30 +96,32 @@ class CG(LinearSolver):
             state.curvature_max,
         )
 
-    def _iterate(self, matvec: MatVec, state: _State, active: Tensor, most: int) -> int:
-        p = state.r
-        rr = dot(state.r, state.r)
-        interval = check_interval(p.device)
-        for k in range(most):
-            if k % interval == 0 and not bool(active.any()):
-                return k
-            ap = matvec(p)
-            pap, pp = dot(p, ap), dot(p, p)
-            good = active & (pap > 0) & pap.isfinite()
-            state.observe(active, pap, pp)
-            alpha = torch.where(good, rr / pap, 0.0)
-            # `where`, not a product with alpha = 0: a failed task's NaN would spread over its row.
-            x = state.x + column(alpha, p) * p
-            r = state.r - column(alpha, p) * ap
-            keep = good.unsqueeze(-1)
-            state.x, state.r = torch.where(keep, x, state.x), torch.where(keep, r, state.r)
-            new = torch.where(good, dot(state.r, state.r), rr)
-            beta = torch.where(good & (rr > 0), new / rr, 0.0)
-            p = torch.where(keep, state.r + column(beta, p) * p, p)
-            rr = new
-            state.steps = state.steps + good
-            active = good & (rr > self.rtol**2)
-        return most
+
+def _iterate(matvec: MatVec, state: _State, active: Tensor, floor: float, most: int) -> int:
+    """Iterate until all tasks' residuals are below ``floor``; return the number of products."""
+    p = state.r
+    rr = dot(state.r, state.r)
+    interval = check_interval(p.device)
+    for k in range(most):
+        if k % interval == 0 and not bool(active.any()):
+            return k
+        ap = matvec(p)
+        pap, pp = dot(p, ap), dot(p, p)
+        good = active & (pap > 0) & pap.isfinite()
+        state.observe(active, pap, pp)
+        alpha = torch.where(good, rr / pap, 0.0)
+        # `where`, not a product with alpha = 0: a failed task's NaN would spread over its row.
+        x = state.x + column(alpha, p) * p
+        r = state.r - column(alpha, p) * ap
+        keep = good.unsqueeze(-1)
+        state.x, state.r = torch.where(keep, x, state.x), torch.where(keep, r, state.r)
+        new = torch.where(good, dot(state.r, state.r), rr)
+        beta = torch.where(good & (rr > 0), new / rr, 0.0)
+        p = torch.where(keep, state.r + column(beta, p) * p, p)
+        rr = new
+        state.steps = state.steps + good
+        active = good & (rr > floor**2)
+    return most
 
 
 @dataclass

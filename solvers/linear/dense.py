@@ -69,6 +69,7 @@ class Dense(LinearSolver):
         zero = norm(rhs) == 0
         broken = (singular != 0) & ~zero
         status = torch.where(broken | ~finite, int(Status.NON_FINITE), status)
+        status = torch.where(zero, int(Status.CONVERGED), status)
         nan = torch.full_like(low, float("nan"))
         return LinearSolution(
             torch.where(zero.unsqueeze(-1), 0.0, x).to(rhs.dtype),

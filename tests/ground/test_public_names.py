@@ -1,9 +1,8 @@
 """Every public name is explained where it is defined, and has its place on an API page."""
 
-import importlib
+import importlib.util
 import inspect
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -32,7 +31,7 @@ def own_docstring(thing: object) -> str | None:
 def identifier(package: str, name: str) -> str:
     """How an API page names it; a module of the same name would be documented in its place."""
     whole = f"{package}.{name}"
-    return f"{whole}.{name}" if whole in sys.modules else whole
+    return f"{whole}.{name}" if importlib.util.find_spec(whole) else whole
 
 
 @pytest.mark.parametrize("package", PACKAGES)

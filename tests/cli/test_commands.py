@@ -1,0 +1,83 @@
+"""``list``, ``check``, ``--version``, and the command line without its extra."""
+
+import re
+import sys
+
+import pytest
+
+import bilevel
+from bilevel.cli import main
+from bilevel.cli.siblings import parse_options, registries
+
+
+def test_version(invoke):
+    done = invoke("--version")
+    assert (done.exit_code, done.output) == (0, f"bilevel {bilevel.__version__}\n")
+
+
+def test_help_names_the_commands(invoke):
+    done = invoke("--help")
+    assert done.exit_code == 0
+    assert all(name in done.output for name in ("train", "list", "check"))
+
+
+def test_list_shows_all_that_is_registered(invoke):
+    done = invoke("list")
+    assert done.exit_code == 0
+    for registry in registries():
+        for name in registry:
+            assert name in done.output
+            assert registry[name].__name__ in done.output
+
+
+def test_options_become_what_they_say():
+    texts = ["a=1", "b=1e-3", "c=true", "d=None", "e=Adam", "f = -2", "g=x=y"]
+    assert parse_options(texts, "--option") == {
+        "a": 1,
+        "b": 1e-3,
+        "c": True,
+        "d": None,
+        "e": "Adam",
+        "f": -2,
+        "g": "x=y",
+    }
+
+
+@pytest.mark.parametrize("options", [[], ["--tasks", 3], ["--dtype", "float32"]], ids=str)
+def test_check_passes_what_is_right(invoke, options):
+    done = invoke("check", "quadratic", *options)
+    assert done.exit_code == 0, done.output
+    assert "PASS" in done.output
+
+
+def test_check_fails_what_is_wrong(invoke):
+    done = invoke("check", "quadratic", "--method", "cg", "--method-option", "max_steps=1")
+    assert done.exit_code == 1
+    assert "FAIL" in done.output
+    assert "adjoint system" in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing"], "there is no problem 'nothing'; known: .*quadratic"),
+        (["quadratic", "--method", "x"], "there is no hypergradient method 'x'; known: .*cg"),
+        (["quadratic", "--dtype", "int8"], "there is no dtype 'int8'; known: float64, float32"),
+    ],
+)
+def test_check_tells_a_mistake_in_one_line(invoke, arguments, message):
+    done = invoke("check", *arguments)
+    assert done.exit_code == 2
+    assert re.search(message, done.stderr)
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("missing", ["matplotlib", "rich", "typer"])
+def test_without_the_extra_one_line_says_what_to_install(missing, monkeypatch, capsys):
+    # A module that is `None` in `sys.modules` cannot be imported.
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 1
+    told = capsys.readouterr().err
+    assert told == f"bilevel: the command line needs {missing}: pip install 'bilevel[cli]'\n"
