@@ -28,6 +28,7 @@ from .task import Task, TaskBatch
 __all__ = ["HypergradientCheck", "LeafCheck", "assert_hypergradient", "check_hypergradient"]
 
 _FINITE_DIFFERENCE_RTOL = 1e-5
+_VANISHING = 1e-3
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class LeafCheck:
 
     Attributes:
         name: The leaf, such as ``outer['weight']``.
-        error: ‖method − dense‖ / ‖dense‖.
+        error: ‖method − dense‖ / ‖dense‖, the latter at least 0.001 of its norm over all leaves.
         cosine: Cosine between the two.
         norm: ‖dense‖.
         finite_difference_error: |dense − finite difference| along a random direction of the leaf,
@@ -275,9 +276,7 @@ def assert_hypergradient(
     return check
 
 
-def _reference(
-    problem: BilevelProblem, outer: PyTree, task: Task, start: PyTree
-) -> DenseReference:
+def _reference(problem: BilevelProblem, outer: PyTree, task: Task, start: PyTree) -> DenseReference:
     try:
         return dense_hypergradient(problem, outer, task, start)
     except RuntimeError as error:
@@ -326,7 +325,7 @@ def _leaf(
     direction, slope = difference
     size = dense.norm().item()
     # A leaf whose gradient vanishes is judged against the whole gradient.
-    floor = max(size, 1e-8 * scale) or 1.0
+    floor = max(size, _VANISHING * scale) or 1.0
     product = found.norm().item() * size
     cosine = (found * dense).sum().item() / product if product > 0 else 1.0
     typical = floor / max(dense.numel(), 1) ** 0.5

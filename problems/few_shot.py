@@ -59,7 +59,7 @@ class FewShot(Adaptation):
         """A small instance with batch norm and a smooth activation; see `Example`."""
         ways, size = 3, 6
         module = conv_strided(
-            ways, channels=2, size=size, blocks=2, activation=nn.Tanh, seed=seed
+            ways, channels=2, size=size, blocks=2, activation=nn.Tanh, init="imaml", seed=seed
         ).to(dtype)
         params, net = stateless(module)
         # Batch norm divides by the size of the filters, and curvature with it; together with small

@@ -112,6 +112,29 @@ def assert_slopes(gradient, found, *, rtol=1e-6):
         assert abs(got - want) <= rtol * max(scale, 1e-12), (got.item(), want.item(), scale)
 
 
+# Memory
+
+
+def peak_saved(function):
+    """The most numbers that autograd graphs hold at one time while ``function()`` runs."""
+    live = peak = 0
+
+    class Saved:
+        def __init__(self, tensor):
+            nonlocal live, peak
+            self.tensor = tensor
+            live += tensor.numel()
+            peak = max(peak, live)
+
+        def __del__(self):
+            nonlocal live
+            live -= self.tensor.numel()
+
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+        function()
+    return peak
+
+
 # The solved problem, without the library
 
 

@@ -86,9 +86,9 @@ MLP_NORMS = {
     "batch": lambda: nn.BatchNorm1d(4, track_running_stats=False),
     "layer": lambda: nn.LayerNorm(4),
     "instance": lambda: nn.Sequential(
-        nn.Unflatten(1, (2, 2)), nn.InstanceNorm1d(2, affine=True), nn.Flatten()
+        nn.Unflatten(1, (2, 2)), nn.InstanceNorm1d(2, eps=0.1, affine=True), nn.Flatten()
     ),
-    "group": lambda: nn.GroupNorm(2, 4),
+    "group": lambda: nn.GroupNorm(2, 4, eps=0.1),
     "rms": lambda: nn.RMSNorm(4),
     "hand-written": lambda: HandWrittenNorm(4),
 }

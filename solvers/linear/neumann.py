@@ -64,7 +64,9 @@ class Neumann(LinearSolver):
         first = norm(r)
         low = torch.full_like(first, float("nan"))
         high = low
-        active = first > self.rtol
+        # Below rounding the residual is noise; go no further, whatever was asked.
+        floor = max(self.rtol, torch.finfo(rhs.dtype).eps)
+        active = first > floor
         steps = torch.zeros(len(rhs), dtype=torch.int64, device=rhs.device)
         interval = check_interval(rhs.device)
         for k in range(self.terms):
@@ -80,10 +82,10 @@ class Neumann(LinearSolver):
             steps = steps + active
             size = norm(r)
             # A task that blows up is frozen before it overflows.
-            active = active & (size > self.rtol) & (size < _BLOW_UP * first)
+            active = active & (size > floor) & (size < _BLOW_UP * first)
         residual = norm(r)
         status = residual_status(
-            residual, torch.full_like(residual, self.rtol), asked=self.rtol > 0
+            residual, torch.full_like(residual, self.rtol or floor), asked=self.rtol > 0
         )
         beyond = (scale * high > 2.0) | (residual > first)
         diverged = beyond & (status != Status.CONVERGED) & (status != Status.NON_FINITE)

@@ -51,8 +51,23 @@ def test_seed_decides_the_initial_values(make):
 
 
 @every_network
-def test_initial_values_have_their_ranges(make):
+def test_initial_values_follow_pytorch(make):
     for layer in make():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            bound = layer.weight[0].numel() ** -0.5
+            assert 0.7 * bound < layer.weight.detach().abs().max() <= bound
+            assert -bound <= layer.bias.detach().min() < 0 < layer.bias.detach().max() <= bound
+
+
+@every_network
+def test_unknown_initial_values_are_refused(make):
+    with pytest.raises(ValueError, match="`init` is 'zeros'"):
+        make(init="zeros")
+
+
+@every_network
+def test_initial_values_of_imaml_have_their_ranges(make):
+    for layer in make(init="imaml"):
         if isinstance(layer, nn.Conv2d | nn.Linear):
             weight = layer.weight.detach()
             receptive = weight[0, 0].numel()

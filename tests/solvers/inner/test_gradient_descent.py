@@ -46,7 +46,7 @@ def test_a_step_includes_the_regularizer():
 
 
 def test_tasks_stop_each_on_its_own():
-    tasks = [quadratic_task(3, condition=c, seed=1) for c in (1.001, 5.0, 50.0)]
+    tasks = [quadratic_task(3, condition=c, seed=1) for c in (1.001, 3.0, 10.0)]
     solver = GradientDescent(lr=0.9, max_steps=2000, tol=1e-6)
     found = solve_inner(quadratic(), randn(3), tasks, inner_solver=solver)
     assert found.status == (Status.CONVERGED,) * 3
@@ -72,7 +72,7 @@ def test_a_start_within_the_tolerance_takes_no_step():
 
 
 @pytest.mark.parametrize("tol", [None, 1e-6])
-@pytest.mark.parametrize("steps", [20, 4000])
+@pytest.mark.parametrize("steps", [20, 1200])
 def test_divergence_is_told(tol, steps):
     found = solve_inner(
         bowl(), randn(2), inner_solver=GradientDescent(3.0, max_steps=steps, tol=tol)

@@ -95,9 +95,9 @@ def test_an_optimizer_of_ones_own_is_run_task_by_task():
 
 @pytest.mark.parametrize("kind", ["Adam", "LBFGS"])
 def test_tasks_that_converged_stay_where_they_are(kind):
-    tasks = [quadratic_task(3, condition=c, seed=i) for i, c in enumerate([1.5, 1e4])]
+    tasks = [quadratic_task(3, condition=c, seed=i) for i, c in enumerate([1.5, 1e5])]
     options = {"lr": 0.3} if kind == "Adam" else {"max_iter": 1, "lr": 0.3}
-    solver = TorchOptimizer(kind, max_steps=100, tol=1e-3, **options)
+    solver = TorchOptimizer(kind, max_steps=200, tol=1e-2, **options)
     both = solve_inner(quadratic(), randn(3), tasks, inner_solver=solver)
     alone = solve_inner(quadratic(), randn(3), tasks[0], inner_solver=solver)
     assert both.steps[0] == alone.steps[0] < both.steps[1]

@@ -67,7 +67,7 @@ def test_divergence_is_proved_by_curvature_while_the_residual_still_falls():
     A = torch.diag(torch.tensor([1.0, 1.1, 3.0], dtype=F64))[None]
     b = torch.tensor([[1.0, 1.0, 0.2]], dtype=F64)
     found = Neumann(terms=3, scale=0.9)(product(A), b)
-    assert found.residual.item() > found.curvature_max.item() * 0
+    assert found.residual.item() < 1
     assert found.status.tolist() == [Status.DIVERGED]
     assert found.curvature_max.item() > 2 / 0.9
 
