@@ -2,8 +2,9 @@
 
     python benchmarks/memory.py [--full] [--out benchmarks/results]
 
-Few-shot classification with the strided network of iMAML, 5-way 1-shot, two tasks. Implicit methods
-must be flat, `Unrolled` linear, checkpointed `Unrolled` about √T. Writes a table, JSON and a picture.
+Few-shot classification with the strided network of iMAML, 5-way 1-shot, two tasks. Implicit
+methods must be flat, `Unrolled` linear, checkpointed `Unrolled` about √T. Writes a table, JSON and a
+picture.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ def measure(steps: list[int], channels: int) -> dict[str, list[int]]:
 
 
 def main() -> None:
+    """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="64 channels instead of 16")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -77,9 +79,9 @@ def main() -> None:
 
 def draw(steps: list[int], table: dict[str, list[int]], path: Path) -> None:
     """Memory against steps, logarithmic on both axes."""
-    import matplotlib
+    import matplotlib as mpl
 
-    matplotlib.use("Agg")
+    mpl.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import json
 import os
 import platform
@@ -27,6 +27,7 @@ class Row:
     reference: dict[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
+        """As it stands in the file."""
         row: dict[str, Any] = {"setting": self.setting, "metric": self.metric, "value": self.value}
         if self.ci95 is not None:
             row["ci95"] = self.ci95
@@ -44,7 +45,7 @@ def write_results(
         "name": name,
         "command": " ".join(["python", "benchmarks/" + Path(argv[0]).name, *argv[1:]]),
         "commit": _commit(),
-        "date": datetime.date.today().isoformat(),
+        "date": dt.date.today().isoformat(),
         "machine": f"{_processor()}, {os.cpu_count()} cores, torch {torch.__version__}, "
         f"{torch.get_num_threads()} threads",
         "device": device,

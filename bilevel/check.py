@@ -340,11 +340,12 @@ def _leaf(
 
 def _inner_error(point: PyTree, reference: DenseReference) -> float:
     z = torch.cat([leaf.reshape(-1) for leaf in tree_leaves(point)])
-    return (z - reference.inner).norm().item() / max(reference.inner.norm().item(), 1e-300)
+    gap, size = (z - reference.inner).norm().item(), reference.inner.norm().item()
+    return float(gap / max(size, 1e-300))
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:
-    return float(sum(t.square().sum().item() for t in tensors) ** 0.5)
+    return math.sqrt(math.fsum(t.square().sum().item() for t in tensors))
 
 
 def _with_advice(check: HypergradientCheck) -> HypergradientCheck:

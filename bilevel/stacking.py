@@ -131,7 +131,7 @@ def _vmap(
 @contextmanager
 def _no_slow_fallback() -> Iterator[None]:
     """Let vmap refuse what it would only loop over inside, with a warning of its own."""
-    functorch = torch._C._functorch
+    functorch: Any = torch._C._functorch  # private, but the same from 2.6 on
     before = functorch._is_vmap_fallback_enabled()
     functorch._set_vmap_fallback_enabled(False)
     try:

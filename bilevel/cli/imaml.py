@@ -34,7 +34,12 @@ from .siblings import find, load, registries
 
 __all__ = ["Accuracy", "Job", "Settings", "build", "evaluate", "run", "train"]
 
-TRAINED, UNTRAINED, NEAREST = "iMAML", "untrained network, adapted alike", "pixel nearest neighbour"
+# What is compared, by its key in the result file.
+_NAMES = {
+    "imaml": "iMAML",
+    "untrained": "untrained network, adapted alike",
+    "nearest_neighbour": "pixel nearest neighbour",
+}
 _SAVE_EVERY = 100
 _CHUNK = 20
 # The classes are parted alike for every seed, so that runs can be compared.
@@ -138,9 +143,7 @@ def build(settings: Settings) -> Job:
     return Job(settings, problem, outer, inner_solver, method, training, held_out)
 
 
-def train(
-    job: Job, callback: Callable[[Record, float], None], stop: Callable[[], bool]
-) -> tuple[list[Record], float]:
+def train(job: Job, callback: Callable[[Record, float], None], stop: Callable[[], bool]) -> float:
     """Train ``job.outer`` in place until the steps or the CPU minutes are spent.
 
     Args:
@@ -149,16 +152,14 @@ def train(
         stop: Asked after each step whether to end here.
 
     Returns:
-        The records of all steps, and the CPU seconds.
+        The CPU seconds of training.
     """
     settings = job.settings
     budget = float("inf") if settings.minutes is None else 60 * settings.minutes
-    records: list[Record] = []
     started = time.process_time()
 
     def after_step(record: Record, _: object) -> None:
         seconds = time.process_time() - started
-        records.append(record)
         callback(record, seconds)
         if seconds >= budget or stop():
             raise _EndOfTraining
@@ -172,7 +173,7 @@ def train(
     )
     with contextlib.suppress(_EndOfTraining):
         trainer.fit(job.outer, job.training, settings.steps, callback=after_step)
-    return records, time.process_time() - started
+    return time.process_time() - started
 
 
 def evaluate(job: Job, outer: PyTree, advance: Callable[[int], None]) -> Tensor:
@@ -232,7 +233,7 @@ def run(settings: Settings, path: Path, display: Display, *, overwrite: bool = F
                 bar.update(record, cpu_seconds)
 
             try:
-                _, cpu = train(job, callback, interrupted)
+                cpu = train(job, callback, interrupted)
             except SolveError:
                 folder.save_weights(job.outer)
                 _save_curve(folder, job, records, {})
@@ -251,7 +252,7 @@ def run(settings: Settings, path: Path, display: Display, *, overwrite: bool = F
                 accuracies = _compare(job, before, display, interrupted)
     result |= {
         "finished": bool(accuracies),
-        "accuracy": {name: asdict(one) for name, one in accuracies.items()},
+        "accuracy": {key: asdict(one) for key, one in accuracies.items()},
         "seconds": time.perf_counter() - started,
         "machine": _machine(),
         "torch": torch.__version__,
@@ -260,7 +261,7 @@ def run(settings: Settings, path: Path, display: Display, *, overwrite: bool = F
     _save_curve(folder, job, records, accuracies)
     folder.write_json(RESULT, result)
     display.finish(
-        {name: (one.mean, str(one)) for name, one in accuracies.items()},
+        {_NAMES[key]: (one.mean, str(one)) for key, one in accuracies.items()},
         f"{settings.eval_tasks} tasks of held-out classes of {settings.data}, "
         f"{settings.ways}-way {settings.shots}-shot; ± is the 95 % interval. Batch norm sees all "
         "query images of a task at once (transductive).",
@@ -284,10 +285,12 @@ def _compare(
             if interrupted():
                 raise _EndOfTraining
 
-        values = {TRAINED: evaluate(job, job.outer, advance)}
-        values[UNTRAINED] = evaluate(job, before, advance)
-        values[NEAREST] = torch.cat([nearest_neighbour(one) for one in held_out_tasks(job)])
-    return {name: Accuracy.of(one) for name, one in values.items()}
+        values = {
+            "imaml": evaluate(job, job.outer, advance),
+            "untrained": evaluate(job, before, advance),
+            "nearest_neighbour": torch.cat([nearest_neighbour(b) for b in held_out_tasks(job)]),
+        }
+    return {key: Accuracy.of(one) for key, one in values.items()}
 
 
 class _EndOfTraining(Exception):  # noqa: N818
@@ -406,6 +409,6 @@ def _save_curve(
         [record.step + 1 for record in records],
         [100 * record.metrics["accuracy"] for record in records],
         [record.outer_value for record in records],
-        {name: (100 * one.mean, 100 * one.interval) for name, one in accuracies.items()},
+        {_NAMES[key]: (100 * one.mean, 100 * one.interval) for key, one in accuracies.items()},
     )
     folder.write(CURVE, lambda file: figure.savefig(file, format="png"))

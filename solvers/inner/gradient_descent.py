@@ -3,7 +3,8 @@ r"""Gradient descent, with Polyak or Nesterov momentum, batched over tasks.
 $$m \leftarrow \beta m + \partial_z G(z),\qquad z \leftarrow z - \eta m$$
 
 With Nesterov momentum (Nesterov, 1983) the step is
-$z \leftarrow z - \eta(\partial_z G(z) + \beta m)$, the form of Sutskever et al. (2013, eqs. 3-4) as `torch.optim.SGD` writes it.
+$z \leftarrow z - \eta(\partial_z G(z) + \beta m)$, the form of Sutskever et al. (2013, eqs. 3-4)
+as `torch.optim.SGD` writes it.
 """
 
 from __future__ import annotations

@@ -16,7 +16,11 @@ from bilevel.cli.imaml import Accuracy, Settings, build, evaluate
 from bilevel.run_folder import read_metrics
 
 FILES = ["config.json", "learning-curve.png", "metrics.jsonl", "result.json", "weights.pt"]
-NAMES = ["iMAML", "untrained network, adapted alike", "pixel nearest neighbour"]
+NAMES = {
+    "imaml": "iMAML",
+    "untrained": "untrained network, adapted alike",
+    "nearest_neighbour": "pixel nearest neighbour",
+}
 
 
 def records(path):
@@ -32,7 +36,7 @@ def test_a_run_leaves_its_files_and_its_table(train, tmp_path):
     done = train("--out", "run")
     assert done.exit_code == 0, done.output
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == FILES
-    for name in NAMES:
+    for name in NAMES.values():
         assert re.search(rf"{name} +\d+\.\d ± \d+\.\d %", done.output), done.output
     assert "step 3/3" in done.output
     assert "transductive" in done.output
@@ -45,7 +49,7 @@ def test_a_run_leaves_its_files_and_its_table(train, tmp_path):
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert result["finished"]
     assert result["steps"] == 3
-    assert list(result["accuracy"]) == NAMES
+    assert list(result["accuracy"]) == list(NAMES)
     assert all(one["tasks"] == 5 for one in result["accuracy"].values())
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert config["settings"]["channels"] == 4
@@ -63,8 +67,8 @@ def test_the_weights_are_those_that_were_evaluated(train, tmp_path):
     )
     trained = Accuracy.of(evaluate(job, weights, lambda count: None))
     before = Accuracy.of(evaluate(job, job.outer, lambda count: None))
-    assert trained.mean == pytest.approx(result["accuracy"]["iMAML"]["mean"], abs=1e-12)
-    assert before.mean == pytest.approx(result["accuracy"][NAMES[1]]["mean"], abs=1e-12)
+    assert trained.mean == pytest.approx(result["accuracy"]["imaml"]["mean"], abs=1e-12)
+    assert before.mean == pytest.approx(result["accuracy"]["untrained"]["mean"], abs=1e-12)
 
 
 def test_a_seed_repeats_a_run_and_another_does_not(train, tmp_path):
