@@ -3,8 +3,8 @@
     python benchmarks/memory.py [--full] [--out benchmarks/results]
 
 Few-shot classification with the strided network of iMAML, 5-way 1-shot, two tasks. Implicit
-methods must be flat, `Unrolled` linear, checkpointed `Unrolled` about √T. Writes a table, JSON and a
-picture.
+methods must be flat, `Unrolled` linear, checkpointed `Unrolled` about √T. Writes a table, JSON and
+a picture.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ def measure(steps: list[int], channels: int) -> dict[str, list[int]]:
     """Peak bytes by method, one for each number of steps."""
     torch.manual_seed(0)
     params, net = stateless(conv_strided(5, channels, seed=0))
-    problem = FewShot(net, strength=0.5)
+    problem = FewShot(net, strength=20.0)
     outer = problem.initial_outer(params)
     task = EpisodeSampler(glyphs(classes=20, seed=0), ways=5, shots=1, queries=10, tasks=2)(0)
     table: dict[str, list[int]] = {}
     for name, method in METHODS.items():
         for count in steps:
-            solver = solvers.GradientDescent(lr=0.05, max_steps=count)
+            solver = solvers.GradientDescent(lr=0.02, max_steps=count)
 
             def run(solver=solver, method=method):
                 hypergradient(problem, outer, task, inner_solver=solver, method=method)

@@ -100,6 +100,8 @@ def argmin(
             carry = unroll(flat.with_outer(variable, differentiable=True), inner_solver)
             _check_solve(flat, inner_solver, carry, strict=strict)
             z = carry.z
+            if not (torch.is_grad_enabled() and any(x.requires_grad for x in variable.leaves)):
+                z = z.detach()
         if flat.stacking.native_norms and z.requires_grad:
             z = _FirstOrderOnly.apply(", ".join(sorted(flat.stacking.native_norms)), z)
         stacked = flat.vector.unflatten(z)

@@ -68,6 +68,8 @@ class Trainer:
         optimizer: Makes a `torch.optim.Optimizer` from the list of outer leaves, such as
             ``lambda params: torch.optim.Adam(params, lr=1e-3)``.
         project: Called with ``outer`` after each step, to change it in place (bounds); optional.
+        clip: Scale the hypergradient down to this norm over all leaves; None: leave it. A task near
+            negative curvature can give a huge one, and Adam remembers it for hundreds of steps.
         on_failure: What to do where a task is not CONVERGED or BUDGET. ``"raise"``: stop, with
             ``outer`` as it was before the step. ``"skip"``: leave this step out. ``"mean"``: step
             with the mean over the usable tasks.
@@ -98,11 +100,14 @@ class Trainer:
     method: HypergradientMethod
     optimizer: Callable[[list[Tensor]], torch.optim.Optimizer]
     project: Callable[[PyTree], None] | None = None
+    clip: float | None = None
     on_failure: Literal["raise", "skip", "mean"] = "raise"
 
     def __post_init__(self) -> None:
         if self.on_failure not in ("raise", "skip", "mean"):
             raise ValueError(f"`on_failure` is {self.on_failure!r}; pass 'raise', 'skip' or 'mean'")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"`clip` is {self.clip}; pass a norm > 0, or None")
         if not callable(self.optimizer):
             raise ValueError(
                 f"`optimizer` is a {type(self.optimizer).__name__}; pass a function of the "
@@ -169,6 +174,8 @@ class Trainer:
                 "on_failure='mean' to go on with the usable tasks, or 'skip'."
             )
         result.set_grad(outer)
+        if self.clip is not None:
+            torch.nn.utils.clip_grad_norm_(Outer.of(outer).leaves, self.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if self.project is not None:

@@ -56,8 +56,9 @@ class Settings:
     shots: int = 1
     queries: int = 10
     tasks: int = 8
+    rotations: bool | None = None  # of classes; None: for Omniglot, as is usual
     network: str = "strided"
-    channels: int = 64
+    channels: int = 32
     strength: float = 0.5
     learn_strength: bool = False
     inner_solver: str = "gradient-descent"
@@ -66,8 +67,9 @@ class Settings:
     inner_options: dict[str, Any] = field(default_factory=dict)
     method: str = "cg"
     method_options: dict[str, Any] = field(default_factory=dict)
-    lr: float = 1e-3
-    steps: int = 400
+    lr: float = 2e-3
+    clip: float = 2.0
+    steps: int = 300
     minutes: float | None = None
     eval_tasks: int = 600
     seed: int = 0
@@ -126,11 +128,12 @@ def build(settings: Settings) -> Job:
     pools = find("data set", settings.data, {"glyphs": _glyphs, "omniglot": _omniglot})
     train_pool, held_out_pool = (pool.to(device) for pool in pools(data, settings.root))
     episodes = {"ways": settings.ways, "shots": settings.shots, "queries": settings.queries}
+    rotations = settings.data == "omniglot" if settings.rotations is None else settings.rotations
     training = data.EpisodeSampler(
-        train_pool, tasks=settings.tasks, seed=settings.seed, rotations=True, **episodes
+        train_pool, tasks=settings.tasks, seed=settings.seed, rotations=rotations, **episodes
     )
     held_out = data.EpisodeSampler(
-        held_out_pool, tasks=_CHUNK, seed=settings.seed, rotations=True, **episodes
+        held_out_pool, tasks=_CHUNK, seed=settings.seed, rotations=rotations, **episodes
     )
 
     in_channels, size = train_pool.images.shape[2], train_pool.images.shape[-1]
@@ -169,6 +172,7 @@ def train(job: Job, callback: Callable[[Record, float], None], stop: Callable[[]
         inner_solver=job.inner_solver,
         method=job.method,
         optimizer=lambda leaves: torch.optim.Adam(leaves, lr=settings.lr),
+        clip=settings.clip or None,
         on_failure="mean",
     )
     with contextlib.suppress(_EndOfTraining):

@@ -47,6 +47,13 @@ def imaml(
     tasks: Annotated[
         int, typer.Option(min=1, help="Tasks per meta-step.", rich_help_panel="Tasks")
     ] = _DEFAULT.tasks,
+    rotations: Annotated[
+        bool | None,
+        typer.Option(
+            help="Turn classes by multiples of 90°; default: for Omniglot, as is usual.",
+            rich_help_panel="Tasks",
+        ),
+    ] = _DEFAULT.rotations,
     network: Annotated[
         str, typer.Option(help="strided or pool.", rich_help_panel="Problem")
     ] = _DEFAULT.network,
@@ -98,6 +105,14 @@ def imaml(
     lr: Annotated[
         float, typer.Option(help="Learning rate of Adam on θ.", rich_help_panel="Training")
     ] = _DEFAULT.lr,
+    clip: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            help="Clip the hypergradient to this norm; 0: never.",
+            rich_help_panel="Training",
+        ),
+    ] = _DEFAULT.clip,
     steps: Annotated[
         int, typer.Option(min=1, help="Meta-steps.", rich_help_panel="Training")
     ] = _DEFAULT.steps,
@@ -148,6 +163,7 @@ def imaml(
         shots=shots,
         queries=queries,
         tasks=tasks,
+        rotations=rotations,
         network=network,
         channels=channels,
         strength=strength,
@@ -159,6 +175,7 @@ def imaml(
         method=method,
         method_options=parse_options(method_option or [], "--method-option"),
         lr=lr,
+        clip=clip,
         steps=steps,
         minutes=minutes,
         eval_tasks=eval_tasks,

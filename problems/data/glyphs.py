@@ -26,16 +26,16 @@ _CHUNK = 64  # glyphs rasterised at a time, so that the distances stay in the ca
 class _Hand:
     """How unsteady the hand is that draws an example: standard deviations."""
 
-    place: float = 0.025  # start of a stroke
-    attach: float = 0.02  # place on the stroke to which another is attached
-    heading: float = 0.045
-    length: float = 0.05  # relative
-    bend: float = 0.05
-    corner: float = 0.05  # relative
-    angle: float = 0.07  # of the whole drawing, as are all below
-    shear: float = 0.07
-    stretch: float = 0.07  # relative
-    shift: float = 0.06  # relative to the picture
+    place: float = 0.012  # start of a stroke
+    attach: float = 0.01  # place on the stroke to which another is attached
+    heading: float = 0.025
+    length: float = 0.025  # relative
+    bend: float = 0.025
+    corner: float = 0.025  # relative
+    angle: float = 0.06  # of the whole drawing, as are all below
+    shear: float = 0.06
+    stretch: float = 0.06  # relative
+    shift: float = 0.043  # relative to the picture
     width: float = 0.10  # of the pen, relative
 
 

@@ -1,0 +1,161 @@
+"""The outer loop."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from bilevel import Proximal, SolveError, Task, TaskBatch, Trainer, problem_from
+from bilevel.solvers import GradientDescent, ImplicitCG
+
+F64 = torch.float64
+
+
+def half_distance(z, x, batch):
+    return 0.5 * ((z - batch) ** 2).sum()
+
+
+def trainer(**changes):
+    settings = {
+        "problem": problem_from(half_distance, half_distance, Proximal(1.0)),
+        "inner_solver": GradientDescent(lr=0.5, max_steps=1),
+        "method": ImplicitCG(),
+        "optimizer": lambda params: torch.optim.SGD(params, lr=2.0),
+    }
+    settings.update(changes)
+    return Trainer(settings.pop("problem"), **settings)
+
+
+def task(inner=0.0, outer=1.0):
+    return Task(torch.full((2,), inner, dtype=F64), torch.full((2,), outer, dtype=F64))
+
+
+def test_finds_the_outer_solution_in_place():
+    # z = (x + 0) / 2, f = ½ (z − 1)²: the best x is 2.
+    x = torch.zeros(2, dtype=F64)
+    records = trainer().fit(x, task(), 40)
+    torch.testing.assert_close(x, torch.full((2,), 2.0, dtype=F64), rtol=0, atol=1e-5)
+    assert [record.step for record in records] == list(range(40))
+    assert records[-1].outer_value < 1e-9 < records[0].outer_value
+    assert records[0].tasks == 1
+    assert records[0].failed == 0
+    assert records[0].gradient_norm == pytest.approx(0.5 * 2**0.5)
+
+
+@pytest.mark.parametrize("kind", ["function", "iterator", "fixed"])
+def test_tasks_come_from_a_function_an_iterator_or_stay(kind):
+    tasks = {
+        "function": lambda step: task(outer=float(step)),
+        "iterator": (task(outer=float(step)) for step in itertools.count()),
+        "fixed": TaskBatch(torch.zeros(3, 2, dtype=F64), torch.ones(3, 2, dtype=F64)),
+    }[kind]
+    records = trainer().fit(torch.zeros(2, dtype=F64), tasks, 3)
+    assert len(records) == 3
+    if kind != "fixed":
+        assert records[0].outer_value == 0.0
+        assert records[1].outer_value == pytest.approx(1.0)
+
+
+def test_an_iterator_that_ends_is_named():
+    with pytest.raises(ValueError, match="`tasks` ended before step 1"):
+        trainer().fit(torch.zeros(2, dtype=F64), iter([task()]), 2)
+
+
+def test_projection_holds_bounds():
+    x = torch.zeros(2, dtype=F64)
+    trainer(project=lambda outer: outer.clamp_(max=0.5)).fit(x, task(), 20)
+    assert (x == 0.5).all()
+
+
+def test_a_large_hypergradient_is_clipped():
+    x = torch.zeros(2, dtype=F64)
+    records = trainer(clip=0.1).fit(x, task(), 1)
+    assert x.norm() == pytest.approx(0.2, rel=1e-5)
+    assert records[0].gradient_norm == pytest.approx(0.5 * 2**0.5)
+
+
+def failing(step):
+    return TaskBatch(
+        torch.tensor([[0.0, 0.0], [float("nan") if step == 1 else 0.0, 0.0]], dtype=F64),
+        torch.ones(2, 2, dtype=F64),
+    )
+
+
+def test_a_failed_task_stops_training_with_outer_as_it_was():
+    x, seen = torch.zeros(2, dtype=F64), []
+    with pytest.raises(SolveError, match="task 1: NON_FINITE"):
+        trainer().fit(x, failing, 3, callback=lambda record, result: seen.append(x.clone()))
+    assert torch.equal(x, seen[-1])
+    assert len(seen) == 1
+
+
+def test_a_failed_step_is_skipped():
+    x, seen = torch.zeros(2, dtype=F64), []
+    trainer(on_failure="skip").fit(
+        x, failing, 3, callback=lambda record, result: seen.append(x.clone())
+    )
+    assert torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[1], seen[2])
+
+
+def test_a_failed_task_is_left_out_of_the_mean():
+    x = torch.zeros(2, dtype=F64)
+    records = trainer(on_failure="mean").fit(x, failing, 3)
+    assert [record.failed for record in records] == [0, 1, 0]
+    assert records[1].status == {"CONVERGED": 1, "NON_FINITE": 1} or records[1].status == {
+        "BUDGET": 1,
+        "NON_FINITE": 1,
+    }
+    assert x.isfinite().all()
+
+
+def test_no_usable_task_is_an_error_whatever_was_chosen():
+    bad = Task(torch.full((2,), float("nan"), dtype=F64), torch.ones(2, dtype=F64))
+    x = torch.ones(2, dtype=F64)
+    with pytest.raises(SolveError, match="no task has a usable hypergradient"):
+        trainer(on_failure="mean").fit(x, bad, 1)
+    assert (x == 1).all()
+
+
+def test_an_exception_in_the_callback_keeps_finished_steps():
+    x = torch.zeros(2, dtype=F64)
+
+    def stop(record, result):
+        if record.step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer().fit(x, task(), 10, callback=stop)
+    expected = torch.zeros(2, dtype=F64)
+    trainer().fit(expected, task(), 3)
+    assert torch.equal(x, expected)
+
+
+def test_same_seed_same_bits():
+    runs = []
+    for _ in range(2):
+        x = torch.zeros(2, dtype=F64)
+        trainer().fit(x, lambda step: task(outer=float(step)), 5)
+        runs.append(x)
+    assert torch.equal(*runs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"clip": 0.0}, "`clip` is 0.0"),
+        ({"on_failure": "ignore"}, "`on_failure` is 'ignore'"),
+        ({"optimizer": torch.optim.SGD([torch.zeros(1)], lr=1.0)}, "`optimizer` is a SGD"),
+    ],
+)
+def test_wrong_settings_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(**changes)
+
+
+def test_an_outer_variable_inside_a_graph_is_named():
+    x = torch.zeros(2, dtype=F64, requires_grad=True) * 2
+    with pytest.raises(ValueError, match="`outer` is no leaf"):
+        trainer().fit(x, task(), 1)
