@@ -131,7 +131,7 @@ def _backtrack(
     start_value, start_gradient = state["value"], state["gradient"]
     # Near the solution the decrease drowns in rounding: there the slope decides (the approximate
     # Wolfe condition of Hager and Zhang, 2005).
-    noise = 8 * torch.finfo(z.dtype).eps * (start_value.abs() + 1.0)
+    noise = torch.finfo(z.dtype).eps ** (2 / 3) * (start_value.abs() + 1.0)
     length = torch.ones_like(slope)
     done = rest
     best_z, best_value, best_gradient = z, start_value, start_gradient

@@ -176,13 +176,15 @@ def test_assert_hypergradient_raises_with_the_report(example):
     settings = {"inner_solver": example.inner_solver}
     arguments = (example.problem, example.outer, example.task)
     assert assert_hypergradient(*arguments, method=DenseExact(), **settings).ok
-    with pytest.raises(AssertionError, match="FAIL: ImplicitCG(?s:.*)advice"):
+    with pytest.raises(AssertionError, match=r"FAIL: ImplicitCG(?s:.*)advice"):
         assert_hypergradient(*arguments, method=ImplicitCG(max_steps=1), **settings)
 
 
 def test_weights_and_failed_tasks_are_treated_as_in_the_mean(example):
     tasks = example.task.unstack()
-    weighted = [Task(t.inner_batch, t.outer_batch, weight=w) for t, w in zip(tasks, (1.0, 3.0))]
+    weighted = [
+        Task(t.inner_batch, t.outer_batch, weight=w) for t, w in zip(tasks, (1.0, 3.0), strict=True)
+    ]
     broken = {key: value * float("nan") for key, value in tasks[0].inner_batch.items()}
     report = check_hypergradient(
         example.problem,
