@@ -37,13 +37,19 @@ class Row:
 
 
 def write_results(
-    folder: Path, name: str, argv: list[str], rows: list[Row], seeds: list[int], device: str = "cpu"
+    folder: Path,
+    name: str,
+    argv: list[str],
+    rows: list[Row],
+    seeds: list[int],
+    device: str = "cpu",
+    command: str | None = None,
 ) -> Path:
     """Write ``folder/name.json`` with where, when and by which command it was measured."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {
         "name": name,
-        "command": " ".join(["python", "benchmarks/" + Path(argv[0]).name, *argv[1:]]),
+        "command": command or " ".join(["python", "benchmarks/" + Path(argv[0]).name, *argv[1:]]),
         "commit": _commit(),
         "date": dt.date.today().isoformat(),
         "machine": f"{_processor()}, {os.cpu_count()} cores, torch {torch.__version__}, "

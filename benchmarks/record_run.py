@@ -1,0 +1,79 @@
+"""Record a run folder of `bilevel train` among the results.
+
+    python benchmarks/record_run.py RUN_FOLDER NAME [--log FILE] [--out benchmarks/results]
+
+Copies the accuracy, the baselines and the cost from the run's own result file, with the command
+that made it, and its learning curve. With ``--log`` the terminal output is kept beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from results import Row, write_results
+
+
+def rows_of(result: dict[str, Any], settings: dict[str, Any]) -> list[Row]:
+    """One row for each learner, and the cost of training."""
+    task = {
+        "data": settings["data"],
+        "ways": settings["ways"],
+        "shots": settings["shots"],
+        "method": settings["method"],
+    }
+    rows = [
+        Row(
+            {**task, "learner": learner},
+            "test_accuracy",
+            round(result["accuracy"][learner]["mean"], 4),
+            ci95=round(result["accuracy"][learner]["interval"], 4),
+        )
+        for learner in result["accuracy"]
+    ]
+    rows.append(Row(task, "training_cpu_minutes", round(result["train_cpu_minutes"], 1)))
+    rows.append(Row(task, "meta_steps", result["steps"]))
+    return rows
+
+
+def main() -> None:
+    """Read, write, copy."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("name")
+    parser.add_argument("--log", type=Path)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    result = json.loads((args.run / "result.json").read_text())
+    settings = json.loads((args.run / "config.json").read_text())["settings"]
+    path = write_results(
+        args.out,
+        args.name,
+        ["record_run.py", "RUN", args.name],
+        rows_of(result, settings),
+        seeds=[settings["seed"]],
+        device=settings["device"],
+        command=command_of(settings),
+    )
+    shutil.copyfile(args.run / "learning-curve.png", path.with_suffix(".png"))
+    if args.log:
+        shutil.copyfile(args.log, path.with_suffix(".log"))
+    print(f"written: {path}")
+
+
+def command_of(settings: dict[str, Any]) -> str:
+    """The command line that makes the run, as the README gives it."""
+    flags = {
+        key: settings[key]
+        for key in ("data", "ways", "shots", "method", "channels", "lr", "steps", "minutes", "seed")
+        if settings[key] is not None
+    }
+    root = " --root DIR" if settings["root"] else ""
+    return "bilevel train imaml" + root + "".join(f" --{k} {v}" for k, v in flags.items())
+
+
+if __name__ == "__main__":
+    main()
