@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from .errors import NotDifferentiableError, SolveError
 from .flat import FlatProblem, Outer
@@ -85,6 +85,11 @@ def argmin(
             "implicit method or Unrolled"
         )
     variable = Outer.of(outer)
+    if any(forward_ad.unpack_dual(leaf).tangent is not None for leaf in variable.leaves):
+        raise NotDifferentiableError(
+            "`outer` carries a forward-mode tangent, and argmin is differentiated in reverse: use "
+            "`.backward()`, torch.autograd.grad or torch.func.grad"
+        )
     strict = on_failure == "raise"
     trees: dict[int, PyTree] = {}
     stacked: PyTree = None

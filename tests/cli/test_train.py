@@ -53,6 +53,7 @@ def test_a_run_leaves_its_files_and_its_table(train, tmp_path):
     assert all(one["tasks"] == 5 for one in result["accuracy"].values())
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert config["settings"]["channels"] == 4
+    assert config["settings"]["rotations"] is False
     assert config["versions"]["bilevel"] == bilevel.__version__
     assert config["choices"]["method"].startswith("ImplicitCG(")
     assert (tmp_path / "run/learning-curve.png").read_bytes().startswith(b"\x89PNG")

@@ -53,10 +53,10 @@ def test_size(pool):
 
 
 def test_pixels_alone_do_not_solve_the_tasks(pool):
-    """Chance is 0.2; a trained learner is well above 0.9."""
+    """Chance is 0.2; a trained learner is above 0.9, and must be 20 points better than pixels."""
     _, test = pool.split((300, 100))
     accuracy = pixel_nearest_neighbour(EpisodeSampler(test, 5, 1, 15, 300)(0)).mean()
-    assert 0.42 < accuracy < 0.60
+    assert 0.42 < accuracy < 0.70
 
 
 def test_classes_differ_and_examples_agree(pool):
