@@ -30,7 +30,7 @@ def invoke(monkeypatch, tmp_path):
     from bilevel.cli.app import app
 
     pool = small_glyphs()
-    monkeypatch.setattr(data, "glyphs", lambda: pool)
+    monkeypatch.setattr(data, "glyphs", lambda **settings: pool)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("BILEVEL_DATA", raising=False)
     runner = CliRunner()
