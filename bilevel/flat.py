@@ -247,7 +247,10 @@ class FlatProblem:
         """The problem's own metrics, ``[tasks]`` each."""
         with torch.no_grad():
             result = self._call("metrics", z.detach(), self.tasks.outer_batch)
-        assert isinstance(result, dict)
+        if not isinstance(result, dict):
+            raise ObjectiveError(
+                f"`metrics` returned a {type(result).__name__}; return a dict of 0-d tensors"
+            )
         return result
 
     # Insides

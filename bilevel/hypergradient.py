@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .errors import BilevelWarning, DependenceError, SolveError
+from .errors import BilevelWarning, DependenceError, ObjectiveError, SolveError
 from .flat import FlatProblem, Outer
 from .inner_solver import InnerReport, InnerSolver
 from .linear_solver import LinearSolution
@@ -402,6 +402,12 @@ def _assemble(
         for key, value in part.flat.counts.items():
             counts[key] = counts.get(key, 0) + value
     metrics = [part.flat.metrics(part.estimate.z) for part in parts]
+    if any(one.keys() != metrics[0].keys() for one in metrics):
+        names = [sorted(one) for one in metrics]
+        raise ObjectiveError(
+            f"`metrics` returned the names {names} for tasks of different shapes; return the same "
+            "names for every task"
+        )
     return Hypergradient(
         gradient=tree_unflatten(gradient, outer.spec),
         inner=_inner(task, groups, parts),

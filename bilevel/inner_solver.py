@@ -96,16 +96,25 @@ class InnerSolver(ABC):
             active = self._residual(flat, z, state) > self.tol
         return Carry(z, state, active, steps)
 
-    def advance(self, flat: FlatProblem, carry: Carry, first: int, last: int) -> Carry:
-        """Steps ``first`` to ``last - 1``; finished tasks stay where they are."""
+    def advance(
+        self, flat: FlatProblem, carry: Carry, first: int, last: int, *, stop: bool = True
+    ) -> Carry:
+        """Steps ``first`` to ``last - 1``; tasks within the tolerance stay where they are.
+
+        With ``stop=False`` every task takes every step, whatever its residual.
+        """
+        stop = stop and self.tol is not None
+        if not stop:
+            carry = replace(carry, active=torch.ones_like(carry.active))
         for step in range(first, last):
-            if self.tol is not None and step % self.check_every == 0 and not carry.active.any():
+            if stop and step % self.check_every == 0 and not carry.active.any():
                 break
             z, state = self._step(flat.at(step), carry.z, carry.state)
-            if self.tol is not None:
+            if stop:
                 z = torch.where(carry.active.unsqueeze(-1), z, carry.z)
             steps, active = carry.steps + carry.active, carry.active
-            if self.tol is not None and (step + 1) % self.check_every == 0:
+            if stop and (step + 1) % self.check_every == 0:
+                assert self.tol is not None
                 active = active & (self._residual(flat, z, state) > self.tol)
             carry = Carry(z, state, active, steps)
         return carry

@@ -145,7 +145,10 @@ def _checked(flat: FlatProblem, name: str, result: Any, arguments: dict[str, Ten
 
 
 def _checked_stationarity(flat: FlatProblem, tree: Any) -> Tensor:
-    shapes = [tuple(x.shape[1:]) if isinstance(x, Tensor) else None for x in tree_leaves(tree)]
+    shapes = [
+        tuple(x.shape[1:]) if isinstance(x, Tensor) else None
+        for x in tree_leaves(flat.vector.matched(tree))
+    ]
     expected = [tuple(shape) for shape in flat.vector.shapes]
     if shapes != expected:
         raise ObjectiveError(
@@ -167,7 +170,7 @@ def _check_captured(value: Tensor, allowed: set[int], name: str, flat: FlatProbl
         if isinstance(variable, Tensor) and id(variable) not in allowed:
             raise DependenceError(
                 f"`{name}` uses a tensor of shape {tuple(variable.shape)} that requires grad but "
-                "was not passed in; its gradient would be lost: put it into `outer`, or "
+                "was not passed in `outer`; its gradient would be lost: put it into `outer`, or "
                 "`.detach()` it"
             )
 
@@ -195,7 +198,9 @@ def _nodes(value: Tensor | None) -> Iterator[Any]:
 def _signature(flat: FlatProblem) -> Any:
     def describe(tree: Any) -> Any:
         leaves = tree_leaves(tree)
-        return tuple((x.shape, x.dtype, x.device) for x in leaves if isinstance(x, Tensor))
+        return tuple(
+            (x.shape, x.dtype, x.device, x.requires_grad) for x in leaves if isinstance(x, Tensor)
+        )
 
     return (
         flat.n,

@@ -106,6 +106,12 @@ class BilevelProblem(ABC):
         return {}
 
     @property
+    def has_start(self) -> bool:
+        """The problem says where its inner solver starts."""
+        overridden = type(self).initial_inner is not BilevelProblem.initial_inner
+        return overridden or "initial_inner" in self.__dict__ or self.regularizer is not None
+
+    @property
     def is_equilibrium(self) -> bool:
         """The inner problem is stated by `stationarity`, not by an objective."""
         return type(self).stationarity is not BilevelProblem.stationarity

@@ -40,7 +40,7 @@ def tree_leaves(tree: PyTree) -> list[Any]:
 def tree_map(function: Callable[..., Any], tree: PyTree, *others: PyTree) -> PyTree:
     """Apply ``function`` to the corresponding leaves of trees of one structure."""
     leaves, spec = tree_flatten(tree)
-    columns = [tree_leaves(other) for other in others]
+    columns = [tree_leaves(matched(other, tree)) for other in others]
     for column in columns:
         if len(column) != len(leaves):
             raise ValueError(f"trees differ: {len(leaves)} leaves against {len(column)}")
@@ -98,6 +98,8 @@ class VectorSpec:
         names = leaf_names(tree, root)
         if not leaves:
             raise ValueError(f"`{root}` holds no tensor; return at least one floating leaf")
+        if all(isinstance(leaf, Tensor) and leaf.numel() == 0 for leaf in leaves):
+            raise ValueError(f"`{root}` holds no number; return at least one non-empty leaf")
         for name, leaf in zip(names, leaves, strict=True):
             check_floating(leaf, name)
             for attribute in ("dtype", "device"):
@@ -121,9 +123,13 @@ class VectorSpec:
         """Length of the vector."""
         return sum(self.sizes)
 
+    def matched(self, tree: PyTree) -> PyTree:
+        """The tree with its dicts in the order of this layout."""
+        return matched(tree, tree_unflatten(range(len(self.sizes)), self.spec))
+
     def flatten(self, tree: PyTree, batch_dims: int = 0) -> Tensor:
         """Concatenate the leaves of ``tree``, keeping ``batch_dims`` leading dimensions."""
-        leaves = tree_leaves(tree)
+        leaves = tree_leaves(self.matched(tree))
         parts = [leaf.reshape((*leaf.shape[:batch_dims], -1)) for leaf in leaves]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
@@ -155,6 +161,19 @@ def check_floating(leaf: Any, name: str) -> None:
             f"`{name}` is {leaf.dtype}; only floating tensors have gradients: "
             f"pass it in the batch, or convert it with `.float()`"
         )
+
+
+def matched(tree: PyTree, template: PyTree) -> PyTree:
+    """The tree with the keys of its dicts in the order of ``template``, where both have the same.
+
+    Two dicts with the same keys are equal to their author; leaves are paired by position.
+    """
+    if isinstance(template, dict) and isinstance(tree, dict) and tree.keys() == template.keys():
+        return {key: matched(tree[key], template[key]) for key in template}
+    if type(tree) in (list, tuple) and type(tree) is type(template) and len(tree) == len(template):
+        pairs = zip(tree, template, strict=True)
+        return type(tree)(matched(one, other) for one, other in pairs)
+    return tree
 
 
 def _describe(tree: PyTree) -> str:

@@ -18,7 +18,15 @@ import torch
 from torch import Tensor
 
 from .problem import BilevelProblem
-from .pytree import PyTree, broadcast_prefix, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from .pytree import (
+    PyTree,
+    broadcast_prefix,
+    matched,
+    tree_flatten,
+    tree_leaves,
+    tree_map,
+    tree_unflatten,
+)
 from .stream import LINEARISED, Stream
 from .task import Task
 
@@ -129,7 +137,8 @@ class _OneTask:
         outer = tree_unflatten(leaves, self.outer_spec)
         inner = self.unflatten(z)
         if self.problem.is_equilibrium:
-            total = self.flatten(self.problem.stationarity(inner, outer, self.inner_batch))
+            found = self.problem.stationarity(inner, outer, self.inner_batch)
+            total = self.flatten(matched(found, inner))
         else:
             value = self.problem.inner_objective(inner, outer, self.inner_batch)
             (total,) = torch.autograd.grad(value, z, create_graph=True)
@@ -143,7 +152,7 @@ class _OneTask:
             for s, a, c in zip(
                 strength,
                 tree_leaves(inner),
-                tree_leaves(regularizer.center_tree(outer)),
+                tree_leaves(matched(regularizer.center_tree(outer), inner)),
                 strict=True,
             )
         ]

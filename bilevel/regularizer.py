@@ -60,7 +60,7 @@ class Proximal:
             ObjectiveError: The center has another structure, shape, dtype or device than the
                 inner variable.
         """
-        tree = self.center_tree(outer)
+        tree = vector.matched(self.center_tree(outer))
         try:
             other = VectorSpec.of(tree, "center")
         except ValueError as error:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .errors import BilevelWarning, ObjectiveError, RandomnessError
-from .pytree import PyTree, tree_flatten, tree_unflatten
+from .pytree import PyTree, matched, tree_flatten, tree_unflatten
 
 __all__ = ["Stacking"]
 
@@ -158,9 +158,12 @@ def _loop(
         x.unbind(0) if flag and isinstance(x, Tensor) else (x,) * count
         for flag, x in zip(owner, leaves, strict=True)
     ]
-    rows, out_spec = [], None
+    rows: list[list[Any]] = []
+    first: PyTree = None
     for row in zip(*columns, strict=True):
-        out, out_spec = tree_flatten(function(*tree_unflatten(row, spec)))
+        tree = function(*tree_unflatten(row, spec))
+        first = first if rows else tree
+        out, out_spec = tree_flatten(matched(tree, first))
         _check_tensors(out, name)
         rows.append(out)
     return tree_unflatten([torch.stack(column) for column in zip(*rows, strict=True)], out_spec)

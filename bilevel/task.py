@@ -22,7 +22,7 @@ class Task:
     Args:
         inner_batch: Pytree given to the inner objective (support or training data), or a `Stream`.
         outer_batch: Pytree given to the outer objective (query or validation data).
-        key: Identity of the task across outer steps; warm starts are kept by it.
+        key: Identity of the task across outer steps.
         weight: Share in the mean over tasks, ≥ 0.
     """
 
@@ -202,6 +202,8 @@ def _stack_leaf(leaves: list[Any], name: str) -> Any:
                         "of a stack, and equal shapes are stacked for you"
                     )
         return torch.stack(leaves)
+    if any(hasattr(leaf, "__array__") for leaf in leaves):
+        raise ValueError(f"`{name}` is an array; pass a tensor: torch.as_tensor of it")
     if any(leaf != leaves[0] for leaf in leaves):
         raise ValueError(f"`{name}` differs between tasks but is no tensor; make it a tensor")
     return leaves[0]

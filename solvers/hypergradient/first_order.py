@@ -10,7 +10,7 @@ $f$ directly.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -46,7 +46,9 @@ class FirstOrder(HypergradientMethod):
         with torch.enable_grad():
             outer_value = graph.outer_value(z)
             rhs = gradient_of_outer(outer_value, z)
-            first = graph.initial()
+            # The start as the problem states it, even where the user gave another point.
+            stated = replace(graph, start_is_constant=not graph.problem.has_start)
+            first = stated.initial()
         through: tuple[Tensor | None, ...] = (None,) * len(leaves)
         if first.requires_grad:
             through = torch.autograd.grad(first, leaves, weighted(rhs, weights), allow_unused=True)

@@ -59,7 +59,8 @@ class Unrolled(HypergradientMethod):
     ) -> Estimate:
         graph = flat.with_outer(flat.outer.differentiable(), differentiable=True)
         with torch.enable_grad():
-            carry = self.unroll(graph, inner_solver, start.inner)
+            # No warm start: the derivative would lose the steps that led there.
+            carry = self.unroll(graph, inner_solver)
             outer_value = graph.outer_value(carry.z)
         z = carry.z.detach()
         inner_value, gradient = flat.value_and_gradient(z)
@@ -75,10 +76,11 @@ class Unrolled(HypergradientMethod):
             )
         return Estimate(gradients, z, inner_value, outer_value.detach(), inner)
 
-    def unroll(
-        self, graph: FlatProblem, inner_solver: InnerSolver | None, start: Tensor | None = None
-    ) -> Carry:
+    def unroll(self, graph: FlatProblem, inner_solver: InnerSolver | None) -> Carry:
         """Run the inner solver and keep the graph of the steps to differentiate.
+
+        Steps that stop once the point is good enough are good enough for the derivative too only if
+        both began equally far away. So a constant start, and truncation, take all their steps.
 
         Raises:
             StructureError: There is no inner solver to differentiate.
@@ -92,7 +94,8 @@ class Unrolled(HypergradientMethod):
         inner_solver.require_differentiable()
         total = inner_solver.max_steps
         first = 0 if self.truncate is None else max(0, total - self.truncate)
-        z = graph.initial() if start is None else start
+        z = graph.initial()
+        stop = not (first or graph.start_is_constant)
         if first:
             plain = graph.with_outer(graph.outer.detached(), differentiable=False)
             with torch.no_grad():
@@ -101,18 +104,21 @@ class Unrolled(HypergradientMethod):
         else:
             carry = inner_solver.begin(graph, z)
         if not self.checkpoint:
-            return inner_solver.advance(graph, carry, first, total)
+            return inner_solver.advance(graph, carry, first, total, stop=stop)
         length = self.checkpoint
         if length is True:
             length = max(1, math.isqrt(total - first))
         for left in range(first, total, length):
-            carry = _segment(graph, inner_solver, carry, left, min(left + length, total))
+            last = min(left + length, total)
+            carry = _segment(graph, inner_solver, carry, left, last, stop=stop)
         return carry
 
 
-def _segment(graph: FlatProblem, solver: InnerSolver, carry: Carry, first: int, last: int) -> Carry:
+def _segment(
+    graph: FlatProblem, solver: InnerSolver, carry: Carry, first: int, last: int, *, stop: bool
+) -> Carry:
     tensors, spec = tree_flatten([carry.z, carry.state, carry.active, carry.steps])
-    work = _Work(graph, solver, spec, first, last, len(tensors))
+    work = _Work(graph, solver, spec, range(first, last), stop, len(tensors))
     out = _Segment.apply(work, *tensors, *graph.outer.leaves)
     return Carry(*tree_unflatten(out, work.out_spec))
 
@@ -121,17 +127,24 @@ class _Work:
     """What a segment computes: some steps of the solver, as a function of tensors."""
 
     def __init__(
-        self, graph: FlatProblem, solver: InnerSolver, spec: Any, first: int, last: int, count: int
+        self,
+        graph: FlatProblem,
+        solver: InnerSolver,
+        spec: Any,
+        steps: range,
+        stop: bool,
+        count: int,
     ) -> None:
         self.graph, self.solver, self.spec = graph, solver, spec
-        self.first, self.last, self.count = first, last, count
+        self.steps, self.stop, self.count = steps, stop, count
         self.out_spec: Any = None
 
     def __call__(self, tensors: tuple[Tensor, ...], *, differentiable: bool) -> tuple[Tensor, ...]:
         carry = Carry(*tree_unflatten(tensors[: self.count], self.spec))
         outer = self.graph.outer.with_leaves(tensors[self.count :])
         graph = self.graph.with_outer(outer, differentiable=differentiable)
-        carry = self.solver.advance(graph, carry, self.first, self.last)
+        first, last = self.steps.start, self.steps.stop
+        carry = self.solver.advance(graph, carry, first, last, stop=self.stop)
         out, self.out_spec = tree_flatten([carry.z, carry.state, carry.active, carry.steps])
         return tuple(out)
 

@@ -54,7 +54,7 @@ class ClosedForm(InnerSolver):
             flat.count,
             "ClosedForm's fn",
         )
-        shapes = [tuple(x.shape[1:]) for x in tree_leaves(tree)]
+        shapes = [tuple(x.shape[1:]) for x in tree_leaves(flat.vector.matched(tree))]
         expected = [tuple(shape) for shape in flat.vector.shapes]
         if shapes != expected:
             raise ObjectiveError(

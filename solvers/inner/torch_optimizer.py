@@ -11,7 +11,6 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -86,7 +85,7 @@ class TorchOptimizer(InnerSolver):
         set_field(self, "cls", cls)
         set_field(self, "max_steps", max_steps)
         set_field(self, "tol", tol)
-        set_field(self, "options", MappingProxyType(dict(options)))
+        set_field(self, "options", dict(options))
         super().__post_init__()
         if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
             raise ValueError(
