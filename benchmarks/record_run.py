@@ -1,6 +1,6 @@
 """Record a run folder of `bilevel train` among the results.
 
-    python benchmarks/record_run.py RUN_FOLDER NAME [--log FILE] [--out benchmarks/results]
+    python benchmarks/record_run.py RUN_FOLDER NAME [--commit HASH] [--log FILE] [--out DIR]
 
 Copies the accuracy, the baselines and the cost from the run's own result file, with the command
 that made it, and its learning curve. With ``--log`` the terminal output is kept beside them.
@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("name")
     parser.add_argument("--log", type=Path)
+    parser.add_argument("--commit", help="the commit that ran; default: the one at hand")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     result = json.loads((args.run / "result.json").read_text())
@@ -57,6 +58,7 @@ def main() -> None:
         seeds=[settings["seed"]],
         device=settings["device"],
         command=command_of(settings),
+        commit=args.commit,
     )
     shutil.copyfile(args.run / "learning-curve.png", path.with_suffix(".png"))
     if args.log:

@@ -44,13 +44,14 @@ def write_results(
     seeds: list[int],
     device: str = "cpu",
     command: str | None = None,
+    commit: str | None = None,
 ) -> Path:
     """Write ``folder/name.json`` with where, when and by which command it was measured."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {
         "name": name,
         "command": command or " ".join(["python", "benchmarks/" + Path(argv[0]).name, *argv[1:]]),
-        "commit": _commit(),
+        "commit": commit or _commit(),
         "date": dt.date.today().isoformat(),
         "machine": f"{_processor()}, {os.cpu_count()} cores, torch {torch.__version__}, "
         f"{torch.get_num_threads()} threads",
