@@ -21,6 +21,8 @@ from .hypergradient import Diagnostics, Hypergradient, SolveReport, State, hyper
 from .inner_solver import InnerSolver
 from .linear_solver import LinearSolution, LinearSolver
 from .method import Estimate, HypergradientMethod, ImplicitMethod
+from .operator import Operator, SecantPairs
+from .preconditioner import Preconditioner
 from .problem import BilevelProblem, Structure, problem_from
 from .regularizer import Proximal
 from .solve import InnerSolution, solve_inner
@@ -51,9 +53,12 @@ __all__ = [
     "LinearSolver",
     "NotDifferentiableError",
     "ObjectiveError",
+    "Operator",
+    "Preconditioner",
     "Proximal",
     "RandomnessError",
     "Record",
+    "SecantPairs",
     "SolveError",
     "SolveReport",
     "State",

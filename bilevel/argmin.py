@@ -22,7 +22,7 @@ from .inner_solver import Carry, InnerSolver, detached
 from .linearised import LinearisedSystem
 from .method import HypergradientMethod, ImplicitMethod
 from .probe import probe
-from .problem import BilevelProblem, Structure
+from .problem import BilevelProblem
 from .pytree import PyTree, tree_map
 from .rows import full_precision, norm
 from .status import members
@@ -170,13 +170,11 @@ class _Context:
         z = z.detach().requires_grad_()
         with torch.enable_grad():
             stationarity = self.stationarity(z, leaves)
-            flat = self.flat.with_outer(self.flat.outer.with_leaves(leaves), differentiable=True)
-            nothing = z.new_zeros(len(z))
-            kind = LinearisedSystem if transpose else _Forward
-            system = kind(
-                flat, z, stationarity, nothing, nothing, rhs.detach(), self.method.damping
-            )
-            found = self.method.adjoint(system)
+        flat = self.flat.with_outer(self.flat.outer.with_leaves(leaves), differentiable=True)
+        nothing = z.new_zeros(len(z))
+        system = LinearisedSystem(flat, z, stationarity, nothing, nothing, rhs.detach())
+        operator = system.operator if transpose else system.operator.T
+        found = self.method.solve(operator, system.rhs)
         status = members(found.status)
         if self.strict and not all(s.ok for s in status):
             raise SolveError(
@@ -184,20 +182,6 @@ class _Context:
                 "go on."
             )
         return found.value.detach()
-
-
-class _Forward(LinearisedSystem):
-    """The system with the Jacobian itself; the same for a symmetric one."""
-
-    def pull(self, v: Tensor) -> Tensor:
-        if self.flat.problem.structure is not Structure.GENERAL:
-            return super().pull(v)
-        dummy = torch.zeros_like(v, requires_grad=True)
-        (transposed,) = torch.autograd.grad(
-            self.stationarity, self.z, dummy, create_graph=True, retain_graph=True
-        )
-        (product,) = torch.autograd.grad(transposed, dummy, v, retain_graph=True)
-        return product
 
 
 class _Argmin(Function):

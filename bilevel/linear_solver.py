@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import ClassVar, TypeAlias
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from .operator import MatVec, Operator, SecantPairs
 from .problem import Structure
 from .rows import column, norm
 from .status import Status
 
-__all__ = ["LinearSolution", "LinearSolver", "MatVec"]
-
-MatVec: TypeAlias = Callable[[Tensor], Tensor]
-"""Product of each task's matrix with its row, ``[tasks, n] -> [tasks, n]``."""
+__all__ = ["LinearSolution", "LinearSolver"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +28,13 @@ class LinearSolution:
         steps: Steps taken, int64.
         curvature_min: Smallest Rayleigh quotient pᵀAp / pᵀp met; NaN if none was.
         curvature_max: Largest one.
+        damping: Damping that the solver added to restore positive curvature, float64; None where
+            it never does.
+        lanczos: Diagonal and off-diagonal of the tridiagonal matrix that the solver built,
+            ``[tasks, steps, 2]``, float64, NaN where a task took fewer steps; None for solvers that
+            build none.
+        pairs: What the solver learned of the matrix, for its next use; None where nothing was asked
+            to be kept.
     """
 
     value: Tensor
@@ -39,6 +43,9 @@ class LinearSolution:
     steps: Tensor
     curvature_min: Tensor
     curvature_max: Tensor
+    damping: Tensor | None = None
+    lanczos: Tensor | None = None
+    pairs: SecantPairs | None = None
 
 
 class LinearSolver(ABC):
@@ -55,11 +62,14 @@ class LinearSolver(ABC):
     needs: ClassVar[Structure] = Structure.GENERAL
     rtol: float
 
-    def __call__(self, matvec: MatVec, rhs: Tensor, start: Tensor | None = None) -> LinearSolution:
+    def __call__(
+        self, matvec: MatVec | Operator, rhs: Tensor, start: Tensor | None = None
+    ) -> LinearSolution:
         """Solve A v = b.
 
         Args:
-            matvec: Product with A, ``[tasks, n] -> [tasks, n]``.
+            matvec: Product with A, ``[tasks, n] -> [tasks, n]``; or an `Operator`, which knows
+                more.
             rhs: b, ``[tasks, n]``.
             start: First iterate ``[tasks, n]``; default: zero.
 
@@ -82,7 +92,7 @@ class LinearSolver(ABC):
         length = column(torch.where(regular.squeeze(-1), norm(unit), 1.0), rhs)
         if start is not None:
             start = torch.where(regular & start.isfinite(), start / largest / length, 0.0)
-        found = self._solve(matvec, unit / length, start)
+        found = self._solve(Operator.of(matvec), unit / length, start)
         value = found.value * length * largest
         bad = ~finite | ~value.isfinite().all(-1)
         status = torch.where(
@@ -91,6 +101,26 @@ class LinearSolver(ABC):
         status = torch.where(finite, status, int(Status.NON_FINITE))
         return replace(found, value=value, status=status.to(torch.int8))
 
+    def toward(self, rtol: float, most: int) -> LinearSolver:
+        """The same solver asked for a relative residual, whatever its own budget.
+
+        Args:
+            rtol: The tolerance.
+            most: The least number of steps (or terms) that the budget is raised to.
+        """
+        changes: dict[str, object] = {"rtol": rtol}
+        for field in fields(self):  # type: ignore[arg-type]  # each subclass is a dataclass
+            if field.name in ("max_steps", "terms"):
+                changes[field.name] = max(getattr(self, field.name), most)
+        return replace(self, **changes)  # type: ignore[type-var, no-any-return]
+
     @abstractmethod
-    def _solve(self, matvec: MatVec, rhs: Tensor, start: Tensor | None) -> LinearSolution:
+    def _solve(self, operator: Operator, rhs: Tensor, start: Tensor | None) -> LinearSolution:
         """Solve for right-hand sides of norm 1 or 0; zero ones return zero, CONVERGED."""
+
+
+def relative_residual(operator: Operator, rhs: Tensor, value: Tensor) -> Tensor:
+    """‖b − A v‖ / ‖b‖ for each task, float64; 0 where b is zero."""
+    size = norm(rhs)
+    residual = norm(rhs - operator(value)) / torch.where(size > 0, size, 1.0)
+    return torch.where(size > 0, residual, 0.0)

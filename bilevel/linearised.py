@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from .flat import FlatProblem
-from .rows import column, full_precision, norm
+from .operator import Operator
+from .problem import Structure
+from .rows import column, full_precision
 
 __all__ = ["LinearisedSystem", "linearise"]
 
@@ -32,7 +34,6 @@ class LinearisedSystem:
         inner_value: G ``[tasks]``, detached.
         outer_value: f ``[tasks]``, with its graph.
         rhs: ∂_z f ``[tasks, n]``, the right-hand side of the adjoint system.
-        damping: Added to the matrix in `matvec`.
     """
 
     flat: FlatProblem
@@ -41,12 +42,12 @@ class LinearisedSystem:
     inner_value: Tensor
     outer_value: Tensor
     rhs: Tensor
-    damping: float = 0.0
 
-    def matvec(self, v: Tensor) -> Tensor:
-        """(∂_z F)ᵀ v + damping · v, ``[tasks, n]``."""
-        product = self.pull(v)
-        return product if self.damping == 0.0 else product + self.damping * v
+    @property
+    def operator(self) -> Operator:
+        """The matrix of the adjoint system, (∂_z F)ᵀ, undamped."""
+        symmetric = self.flat.problem.structure is not Structure.GENERAL
+        return Operator(self.pull, self.pull if symmetric else self.push)
 
     def pull(self, v: Tensor) -> Tensor:
         """(∂_z F)ᵀ v, ``[tasks, n]``: for an inner objective, the product with its Hessian."""
@@ -58,6 +59,22 @@ class LinearisedSystem:
                 self.stationarity, self.z, v, retain_graph=True, allow_unused=True
             )
         return torch.zeros_like(v) if product is None else product
+
+    def push(self, v: Tensor) -> Tensor:
+        """∂_z F v, ``[tasks, n]``; two pulls, of which the first keeps its graph."""
+        self.flat.counts["products"] += 2 * self.flat.count
+        if not self.stationarity.requires_grad:
+            return torch.zeros_like(v)
+        dummy = torch.zeros_like(v, requires_grad=True)
+        with torch.enable_grad(), full_precision(v.device):
+            # Linear in the dummy, so that its derivative in it is the transposed product.
+            (transposed,) = torch.autograd.grad(
+                self.stationarity, self.z, dummy, create_graph=True, materialize_grads=True
+            )
+            if not transposed.requires_grad:
+                return torch.zeros_like(v)
+            (product,) = torch.autograd.grad(transposed, dummy, v, materialize_grads=True)
+        return product
 
     def cross(self, v: Tensor) -> list[Tensor | None]:
         """(∂_x F)ᵀ v, one tensor for each outer leaf, None where F does not depend on it."""
@@ -86,14 +103,8 @@ class LinearisedSystem:
             )
         )
 
-    def true_residual(self, v: Tensor) -> Tensor:
-        """‖∂_z f − (∂_z F)ᵀ v‖ / ‖∂_z f‖ for each task, undamped; 0 where ∂_z f is zero."""
-        size = norm(self.rhs)
-        residual = norm(self.rhs - self.pull(v)) / torch.where(size > 0, size, 1.0)
-        return torch.where(size > 0, residual, 0.0)
 
-
-def linearise(flat: FlatProblem, z: Tensor, damping: float = 0.0) -> LinearisedSystem:
+def linearise(flat: FlatProblem, z: Tensor) -> LinearisedSystem:
     """Evaluate both objectives at ``z`` and keep the graph of the stationarity."""
     flat = flat.with_outer(flat.outer.differentiable(), differentiable=True)
     z = z.detach().requires_grad_()
@@ -101,7 +112,7 @@ def linearise(flat: FlatProblem, z: Tensor, damping: float = 0.0) -> LinearisedS
         inner_value, stationarity = flat.value_and_gradient(z)
         outer_value = flat.outer_value(z)
         rhs = gradient_of_outer(outer_value, z)
-    return LinearisedSystem(flat, z, stationarity, inner_value, outer_value, rhs, damping)
+    return LinearisedSystem(flat, z, stationarity, inner_value, outer_value, rhs)
 
 
 def gradient_of_outer(outer_value: Tensor, z: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,9 +13,9 @@ from torch import Tensor
 from .errors import StructureError
 from .flat import FlatProblem
 from .inner_solver import InnerReport, InnerSolver, given_solution
-from .linear_solver import LinearSolution
-from .linearised import LinearisedSystem, linearise, weighted
-from .problem import Structure
+from .linear_solver import LinearSolution, LinearSolver, relative_residual
+from .linearised import linearise, weighted
+from .operator import Operator
 from .rows import norm
 from .status import Status, residual_status, worst
 
@@ -113,23 +112,23 @@ class HypergradientMethod(ABC):
 
 @dataclass(frozen=True)
 class ImplicitMethod(HypergradientMethod):
-    """A method by the implicit function theorem; authors write `_adjoint`.
+    """A method by the implicit function theorem; authors write `_linear_solver`.
 
     Args:
         damping: Added to the matrix of the adjoint system, ≥ 0. The status and the residual are
             those of the undamped system.
     """
 
-    needs: ClassVar[Structure] = Structure.GENERAL
     damping: float = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
         if not (self.damping >= 0.0 and math.isfinite(self.damping)):
             raise ValueError(f"`damping` is {self.damping}; it is finite and ≥ 0")
+        self._linear_solver()  # its settings are ours, and it checks them
 
     def check(self, flat: FlatProblem) -> None:
         """Compare what the linear solver needs with what the problem promises."""
-        needed = self.required_structure()
+        needed = self._linear_solver().needs
         if not flat.problem.structure.satisfies(needed):
             raise StructureError(
                 f"{self!r} needs an inner Jacobian that is {needed.name}, but "
@@ -138,42 +137,36 @@ class ImplicitMethod(HypergradientMethod):
                 f"`structure = Structure.{needed.name}` if that is true"
             )
 
-    def required_structure(self) -> Structure:
-        """What the method needs of the inner problem."""
-        return self.needs
-
     @abstractmethod
-    def _adjoint(self, system: LinearisedSystem, start: Tensor | None) -> LinearSolution:
-        """Solve ``system.matvec(v) = system.rhs``."""
+    def _linear_solver(self) -> LinearSolver:
+        """The solver of the adjoint system."""
 
-    def adjoint(self, system: LinearisedSystem, start: Tensor | None = None) -> LinearSolution:
-        """Solve the adjoint system; the residual is that of the undamped one."""
-        found = self._adjoint(system, start)
-        if system.damping == 0.0:
+    def solve(self, operator: Operator, rhs: Tensor, start: Tensor | None = None) -> LinearSolution:
+        """Solve with the damped operator; the residual is that of the undamped one."""
+        solver = self._linear_solver()
+        found = solver(operator.damped(self.damping), rhs, start)
+        if self.damping == 0.0:
             return found
         # Damping makes another system: a solution of it need not be one of ours.
-        residual = system.true_residual(found.value)
-        rtol = self._rtol()
-        judged = residual_status(residual, torch.full_like(residual, rtol), asked=rtol > 0)
+        residual = relative_residual(operator, rhs, found.value)
+        judged = residual_status(
+            residual, torch.full_like(residual, solver.rtol), asked=solver.rtol > 0
+        )
         judged = torch.where(found.status >= Status.INDEFINITE, found.status, judged)
         return replace(found, residual=residual, status=judged.to(torch.int8))
-
-    def _rtol(self) -> float:
-        """The relative tolerance of the linear solve; 0 asks for the budget only."""
-        return 0.0
 
     def _compute(
         self, flat: FlatProblem, inner_solver: InnerSolver | None, weights: Tensor, start: Start
     ) -> Estimate:
         carry = None if inner_solver is None else inner_solver.solve(flat, start.inner)
         z = flat.start if carry is None else carry.z
-        system = linearise(flat, z, self.damping)
+        system = linearise(flat, z)
         residual = norm(system.stationarity.detach())
         if carry is None or inner_solver is None:
             inner = given_solution(z, residual)
         else:
             inner = inner_solver.report(carry, residual, flat.notes.get("first_residual"))
-        adjoint = self.adjoint(system, start.adjoint)
+        adjoint = self.solve(system.operator, system.rhs, start.adjoint)
         cross = system.cross(weighted(adjoint.value, weights))
         return Estimate(
             add(system.direct(weights), cross, sign=-1.0),

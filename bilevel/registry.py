@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
-__all__ = ["INNER_SOLVERS", "LINEAR_SOLVERS", "METHODS", "PROBLEMS", "Registry"]
+__all__ = [
+    "INNER_SOLVERS",
+    "LINEAR_SOLVERS",
+    "METHODS",
+    "PRECONDITIONERS",
+    "PROBLEMS",
+    "Registry",
+]
 
 T = TypeVar("T")
 
@@ -86,4 +93,5 @@ class Registry(Generic[T]):
 INNER_SOLVERS: Registry[Any] = Registry("inner solver")
 METHODS: Registry[Any] = Registry("hypergradient method")
 LINEAR_SOLVERS: Registry[Any] = Registry("linear solver")
+PRECONDITIONERS: Registry[Any] = Registry("preconditioner")
 PROBLEMS: Registry[Any] = Registry("problem")

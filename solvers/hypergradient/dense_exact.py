@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from bilevel.linear_solver import LinearSolution
-from bilevel.linearised import LinearisedSystem
 from bilevel.method import ImplicitMethod
 from bilevel.registry import METHODS
 
@@ -30,8 +26,5 @@ class DenseExact(ImplicitMethod):
 
     max_n: int = 5000
 
-    def _adjoint(self, system: LinearisedSystem, start: Tensor | None) -> LinearSolution:
-        return Dense(max_n=self.max_n)(system.matvec, system.rhs, start)
-
-    def _rtol(self) -> float:
-        return Dense().rtol
+    def _linear_solver(self) -> Dense:
+        return Dense(max_n=self.max_n)

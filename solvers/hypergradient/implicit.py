@@ -8,12 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from bilevel.linear_solver import LinearSolution, LinearSolver
-from bilevel.linearised import LinearisedSystem
+from bilevel.linear_solver import LinearSolver
 from bilevel.method import ImplicitMethod
-from bilevel.problem import Structure
 from bilevel.registry import METHODS
 
 __all__ = ["Implicit"]
@@ -35,18 +31,11 @@ class Implicit(ImplicitMethod):
     linear_solver: LinearSolver
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if not isinstance(self.linear_solver, LinearSolver):
             raise ValueError(
                 f"`linear_solver` is {self.linear_solver!r}; pass an instance such as CG()"
             )
+        super().__post_init__()
 
-    def required_structure(self) -> Structure:
-        """What the linear solver needs."""
-        return self.linear_solver.needs
-
-    def _adjoint(self, system: LinearisedSystem, start: Tensor | None) -> LinearSolution:
-        return self.linear_solver(system.matvec, system.rhs, start)
-
-    def _rtol(self) -> float:
-        return self.linear_solver.rtol
+    def _linear_solver(self) -> LinearSolver:
+        return self.linear_solver

@@ -7,14 +7,8 @@ regularizer is $\tfrac\lambda2\|z - x\|^2$.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from torch import Tensor
-
-from bilevel.linear_solver import LinearSolution
-from bilevel.linearised import LinearisedSystem
 from bilevel.method import ImplicitMethod
-from bilevel.problem import Structure
 from bilevel.registry import METHODS
 
 from ..linear.cg import CG
@@ -35,19 +29,8 @@ class ImplicitCG(ImplicitMethod):
         damping: Added to the matrix, ≥ 0.
     """
 
-    needs: ClassVar[Structure] = Structure.SYMMETRIC
     max_steps: int = 100
     rtol: float = 1e-5
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._solver()
-
-    def _solver(self) -> CG:
+    def _linear_solver(self) -> CG:
         return CG(max_steps=self.max_steps, rtol=self.rtol)
-
-    def _adjoint(self, system: LinearisedSystem, start: Tensor | None) -> LinearSolution:
-        return self._solver()(system.matvec, system.rhs, start)
-
-    def _rtol(self) -> float:
-        return self.rtol

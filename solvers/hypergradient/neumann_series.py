@@ -7,10 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from bilevel.linear_solver import LinearSolution
-from bilevel.linearised import LinearisedSystem
 from bilevel.method import ImplicitMethod
 from bilevel.registry import METHODS
 
@@ -37,15 +33,5 @@ class NeumannSeries(ImplicitMethod):
     scale: float | None = None
     rtol: float = 0.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._solver()
-
-    def _solver(self) -> Neumann:
+    def _linear_solver(self) -> Neumann:
         return Neumann(terms=self.terms, scale=self.scale, rtol=self.rtol)
-
-    def _adjoint(self, system: LinearisedSystem, start: Tensor | None) -> LinearSolution:
-        return self._solver()(system.matvec, system.rhs, start)
-
-    def _rtol(self) -> float:
-        return self.rtol

@@ -16,7 +16,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bilevel.linear_solver import LinearSolution, LinearSolver, MatVec
+from bilevel.linear_solver import LinearSolution, LinearSolver
+from bilevel.operator import MatVec, Operator
 from bilevel.problem import Structure
 from bilevel.registry import LINEAR_SOLVERS
 from bilevel.rows import check_interval, column, dot
@@ -56,9 +57,9 @@ class CG(LinearSolver):
         if not 0.0 <= self.rtol < 1.0:
             raise ValueError(f"`rtol` is {self.rtol}; pass a tolerance in [0, 1), 0 for the budget")
 
-    def _solve(self, matvec: MatVec, rhs: Tensor, start: Tensor | None) -> LinearSolution:
+    def _solve(self, operator: Operator, rhs: Tensor, start: Tensor | None) -> LinearSolution:
         x = torch.zeros_like(rhs) if start is None else start
-        r = rhs if start is None else rhs - matvec(x)
+        r = rhs if start is None else rhs - operator(x)
         state = _State.begin(x, r)
         nonzero = dot(rhs, rhs) > 0
         # Below rounding the recurrence is noise; go no further, whatever was asked.
@@ -66,12 +67,12 @@ class CG(LinearSolver):
         active = nonzero & (dot(r, r) > floor**2)
         spent = 0
         while True:
-            spent += _iterate(matvec, state, active, floor, self.max_steps - spent)
+            spent += _iterate(operator, state, active, floor, self.max_steps - spent)
             residual = dot(state.r, state.r).sqrt()
             if self.rtol == 0.0:
                 break
             # The recurrence drifts from the true residual; believe only the latter.
-            state.r = rhs - matvec(state.x)
+            state.r = rhs - operator(state.x)
             true = dot(state.r, state.r).sqrt()
             wrong = ~state.stopped & nonzero & (true > self.rtol)
             # Rounding bounds the true residual from below: go on only while restarts still help.

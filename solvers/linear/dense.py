@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel.linear_solver import LinearSolution, LinearSolver, MatVec
+from bilevel.linear_solver import LinearSolution, LinearSolver
+from bilevel.operator import MatVec, Operator
 from bilevel.registry import LINEAR_SOLVERS
 from bilevel.rows import norm
 from bilevel.status import Status, residual_status
@@ -43,14 +44,14 @@ class Dense(LinearSolver):
         if self.max_n < 1:
             raise ValueError(f"`max_n` is {self.max_n}; it is a size ≥ 1")
 
-    def _solve(self, matvec: MatVec, rhs: Tensor, start: Tensor | None) -> LinearSolution:
+    def _solve(self, operator: Operator, rhs: Tensor, start: Tensor | None) -> LinearSolution:
         count, n = rhs.shape
         if n > self.max_n:
             raise ValueError(
                 f"the inner variable has {n} entries, more than `max_n` = {self.max_n}: a dense "
                 f"solve would hold {count} × {n}² numbers; use CG, or raise `max_n`"
             )
-        matrix = build_matrix(matvec, rhs)
+        matrix = build_matrix(operator, rhs)
         b = rhs.double()
         value, singular = torch.linalg.solve_ex(matrix, b.unsqueeze(-1))
         x = value.squeeze(-1)

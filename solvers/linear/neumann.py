@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel.linear_solver import LinearSolution, LinearSolver, MatVec
+from bilevel.linear_solver import LinearSolution, LinearSolver
+from bilevel.operator import MatVec, Operator
 from bilevel.registry import LINEAR_SOLVERS
 from bilevel.rows import check_interval, column, dot, norm
 from bilevel.status import Status, residual_status
@@ -57,10 +58,10 @@ class Neumann(LinearSolver):
         if not 0.0 <= self.rtol < 1.0:
             raise ValueError(f"`rtol` is {self.rtol}; pass a tolerance in [0, 1), 0 for the budget")
 
-    def _solve(self, matvec: MatVec, rhs: Tensor, start: Tensor | None) -> LinearSolution:
-        scale = self._scale(matvec, rhs)
+    def _solve(self, operator: Operator, rhs: Tensor, start: Tensor | None) -> LinearSolution:
+        scale = self._scale(operator, rhs)
         x = torch.zeros_like(rhs) if start is None else start
-        r = rhs if start is None else rhs - matvec(x)
+        r = rhs if start is None else rhs - operator(x)
         first = norm(r)
         low = torch.full_like(first, float("nan"))
         high = low
@@ -72,7 +73,7 @@ class Neumann(LinearSolver):
         for k in range(self.terms):
             if k % interval == 0 and not bool(active.any()):
                 break
-            ar = matvec(r)
+            ar = operator(r)
             quotient = torch.where(active, dot(r, ar) / dot(r, r), float("nan"))
             low, high = torch.fmin(low, quotient), torch.fmax(high, quotient)
             keep = active.unsqueeze(-1)

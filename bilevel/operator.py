@@ -1,0 +1,122 @@
+"""A square matrix for each task, known by its products; and pairs that tell of it cheaply."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from .errors import StructureError
+
+__all__ = ["MatVec", "Operator", "SecantPairs"]
+
+MatVec: TypeAlias = Callable[[Tensor], Tensor]
+"""Product of each task's matrix with its row, ``[tasks, n] -> [tasks, n]``."""
+
+
+@dataclass(frozen=True)
+class SecantPairs:
+    """Pairs with y ≈ A s, left by a solver: what it learned of the matrix. Newest last.
+
+    Attributes:
+        s: Steps ``[pairs, tasks, n]``.
+        y: What the matrix makes of them, likewise.
+        valid: Which of them hold a pair of positive curvature, ``[pairs, tasks]``.
+    """
+
+    s: Tensor
+    y: Tensor
+    valid: Tensor
+
+    def select(self, index: Tensor) -> SecantPairs:
+        """The pairs of the tasks at ``index``."""
+        return SecantPairs(self.s[:, index], self.y[:, index], self.valid[:, index])
+
+
+@dataclass(frozen=True)
+class Operator:
+    """The matrix A of each task, ``[tasks, n, n]``, by products alone.
+
+    Attributes:
+        product: A v.
+        transposed: Aᵀ v; None where it is not known.
+        gauss_newton: Product with a positive semidefinite stand-in for A; None where there is none.
+        inner_pairs: Pairs left by the inner solver (quasi-Newton solvers only).
+        recycled_pairs: Pairs left by the linear solve of the last outer step.
+    """
+
+    product: MatVec
+    transposed: MatVec | None = None
+    gauss_newton: MatVec | None = None
+    inner_pairs: SecantPairs | None = None
+    recycled_pairs: SecantPairs | None = None
+
+    @classmethod
+    def symmetric(cls, product: MatVec) -> Operator:
+        """An operator that equals its transpose."""
+        return cls(product, product)
+
+    @classmethod
+    def of(cls, matvec: MatVec | Operator) -> Operator:
+        """Take a plain function for an operator of which nothing else is known."""
+        return matvec if isinstance(matvec, Operator) else cls(matvec)
+
+    def __call__(self, v: Tensor) -> Tensor:
+        """A v, ``[tasks, n]``."""
+        return self.product(v)
+
+    @property
+    def T(self) -> Operator:  # noqa: N802  (as in PyTorch)
+        """The transposed operator.
+
+        Raises:
+            StructureError: The transposed product is not known.
+        """
+        if self.transposed is None:
+            raise StructureError(
+                "this solver needs products with the transposed matrix, which are not known here; "
+                "pass Operator(product, transposed), or Operator.symmetric(product)"
+            )
+        return replace(self, product=self.transposed, transposed=self.product)
+
+    @property
+    def is_symmetric(self) -> bool:
+        """The operator is known to equal its transpose."""
+        return self.transposed is self.product
+
+    def damped(self, damping: Tensor | float) -> Operator:
+        """A + damping · I; the pairs, which belong to A, are left out.
+
+        Args:
+            damping: A number, or one for each task, ``[tasks]``.
+        """
+        if isinstance(damping, Tensor):
+            shift: Tensor | float = damping.unsqueeze(-1)
+        elif damping == 0.0:
+            return self
+        else:
+            shift = damping
+
+        def shifted(matvec: MatVec) -> MatVec:
+            def product(v: Tensor) -> Tensor:
+                scale = shift.to(v.dtype) if isinstance(shift, Tensor) else shift
+                return matvec(v) + scale * v
+
+            return product
+
+        product = shifted(self.product)
+        transposed = product if self.is_symmetric else None
+        if transposed is None and self.transposed is not None:
+            transposed = shifted(self.transposed)
+        positive = None if self.gauss_newton is None else shifted(self.gauss_newton)
+        return Operator(product, transposed, positive)
+
+
+def signs(like: Tensor, count: int) -> Tensor:
+    """``[count, tasks, n]`` pseudo-random signs: the same bits at every call, on every device."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(2, (count, 1, like.shape[-1]), generator=generator)
+    return (2 * drawn - 1).to(like).expand(count, *like.shape)
