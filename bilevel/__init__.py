@@ -17,7 +17,7 @@ from .errors import (
     SolveError,
     StructureError,
 )
-from .hypergradient import Diagnostics, Hypergradient, SolveReport, State, hypergradient
+from .hypergradient import hypergradient
 from .inner_solver import InnerSolver
 from .linear_solver import LinearSolution, LinearSolver
 from .method import Estimate, HypergradientMethod, ImplicitMethod
@@ -25,6 +25,7 @@ from .operator import Operator, SecantPairs
 from .preconditioner import Preconditioner
 from .problem import BilevelProblem, Structure, problem_from
 from .regularizer import Proximal
+from .result import Diagnostics, Hypergradient, SolveReport, State
 from .solve import InnerSolution, solve_inner
 from .stateless import stateless
 from .status import Status

@@ -17,7 +17,7 @@ from torch.autograd import Function, forward_ad
 
 from .errors import NotDifferentiableError, SolveError
 from .flat import FlatProblem, Outer
-from .hypergradient import Group, check_problem, describe_status, group
+from .hypergradient import Group, check_problem, group
 from .inner_solver import Carry, InnerSolver, detached
 from .linearised import LinearisedSystem
 from .method import HypergradientMethod, ImplicitMethod
@@ -25,7 +25,7 @@ from .probe import probe
 from .problem import BilevelProblem
 from .pytree import PyTree, tree_map
 from .rows import full_precision, norm
-from .status import members
+from .status import describe_status, members
 from .task import Task, TaskBatch
 
 __all__ = ["argmin"]

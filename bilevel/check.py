@@ -16,13 +16,14 @@ from torch import Tensor
 
 from .errors import ObjectiveError
 from .flat import Outer
-from .hypergradient import Hypergradient, describe_status, hypergradient
+from .hypergradient import hypergradient
 from .inner_solver import InnerSolver
 from .method import HypergradientMethod
 from .problem import BilevelProblem
 from .pytree import PyTree, tree_leaves, tree_map, tree_unflatten
 from .reference import DenseReference, dense_hypergradient, solved_outer_value, to_float64
-from .status import Status
+from .result import Hypergradient
+from .status import Status, describe_status
 from .task import Task, TaskBatch
 
 __all__ = ["HypergradientCheck", "LeafCheck", "assert_hypergradient", "check_hypergradient"]

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from .errors import ObjectiveError
 from .flat import FlatProblem, Outer
-from .hypergradient import State, group
+from .hypergradient import group
 from .inner_solver import InnerSolver
 from .probe import probe
 from .problem import BilevelProblem
 from .pytree import PyTree, tree_map
+from .result import State
 from .rows import norm
 from .status import Status, members
 from .task import Task, TaskBatch

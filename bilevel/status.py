@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
 from functools import reduce
 
@@ -80,3 +81,14 @@ def residual_status(residual: Tensor, target: Tensor, *, asked: bool) -> Tensor:
     other = Status.MAX_STEPS if asked else Status.BUDGET
     codes = torch.where(residual <= target, int(Status.CONVERGED), int(other)).to(torch.int8)
     return torch.where(residual.isfinite(), codes, int(Status.NON_FINITE)).to(torch.int8)
+
+
+def describe_status(status: Sequence[Status]) -> str:
+    """How many tasks have which status, what it means, and what to do."""
+    sentences = []
+    for kind in sorted(set(status), reverse=True):
+        where = [i for i, s in enumerate(status) if s == kind]
+        which = f"task{'s' * (len(where) > 1)} {', '.join(map(str, where[:8]))}"
+        which += ", …" if len(where) > 8 else ""
+        sentences.append(f"{which}: {kind.name} ({kind.meaning}; {kind.cure})")
+    return "; ".join(sentences) + "."

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from .errors import SolveError
 from .flat import Outer
-from .hypergradient import Hypergradient, describe_status, hypergradient
+from .hypergradient import hypergradient
 from .inner_solver import InnerSolver
 from .method import HypergradientMethod
 from .problem import BilevelProblem
 from .pytree import PyTree
+from .result import Hypergradient
+from .status import describe_status
 from .task import Task, TaskBatch
 
 __all__ = ["Record", "Trainer"]

@@ -1,0 +1,128 @@
+"""What `hypergradient` returns: the value, and how far it can be trusted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from .pytree import PyTree, tree_flatten, tree_leaves
+from .status import Status, describe_status
+
+__all__ = ["Diagnostics", "Hypergradient", "SolveReport", "State"]
+
+
+@dataclass(frozen=True)
+class SolveReport:
+    """How a solve ended, task by task.
+
+    Attributes:
+        status: One `Status` per task.
+        residual: Inner: ‖∂_z G‖, absolute. Linear: relative to ‖∂_z f‖. ``[tasks]``, float64.
+        steps: Steps taken, ``[tasks]``.
+        curvature: Linear only: smallest and largest Rayleigh quotient met, ``[tasks, 2]``; NaN
+            where none was.
+    """
+
+    status: tuple[Status, ...]
+    residual: Tensor
+    steps: Tensor
+    curvature: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Diagnostics:
+    """What there is to know about a hypergradient beside its value.
+
+    Attributes:
+        inner: How the inner solve ended.
+        linear: How the adjoint solve ended; None for methods without one.
+        counts: Evaluations summed over tasks: ``gradients`` of the inner objective, curvature
+            ``products``, objective ``values``.
+        unused: Names of outer leaves on which nothing depends; their gradient is zero.
+        failed: Positions of tasks that were left out of the mean.
+    """
+
+    inner: SolveReport
+    linear: SolveReport | None
+    counts: dict[str, int]
+    unused: tuple[str, ...] = ()
+    failed: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class State:
+    """What one call leaves for the next: warm starts. Detached; solvers hold none themselves.
+
+    Attributes:
+        inner: Inner points, one ``[tasks, n]`` for each group of equal shapes.
+        adjoint: Adjoints likewise, None for methods without one.
+    """
+
+    inner: tuple[Tensor, ...]
+    adjoint: tuple[Tensor | None, ...]
+
+
+@dataclass(frozen=True)
+class Hypergradient:
+    """A hypergradient and how far it can be trusted.
+
+    Attributes:
+        gradient: Pytree like ``outer``: the weighted mean over usable tasks, or, with
+            ``reduction="none"``, per task along dimension 0.
+        inner: The inner solution, like the task it was computed for: a pytree for a `Task`, stacked
+            for a `TaskBatch`, a list of pytrees for a list.
+        outer_value: f at the inner solution, ``[tasks]``.
+        inner_value: G at the inner solution, ``[tasks]``; NaN for equilibria.
+        metrics: The problem's own, ``[tasks]`` each.
+        status: The worst `Status` of each task.
+        state: Warm starts for the next call.
+        diagnostics: Residuals, steps, curvature and counts.
+    """
+
+    gradient: PyTree
+    inner: PyTree
+    outer_value: Tensor
+    inner_value: Tensor
+    metrics: dict[str, Tensor]
+    status: tuple[Status, ...]
+    state: State
+    diagnostics: Diagnostics
+    _spec: object = field(repr=False, default=None)
+
+    @property
+    def ok(self) -> bool:
+        """Every task is CONVERGED, or BUDGET where no tolerance was set."""
+        return all(status.ok for status in self.status)
+
+    def set_grad(self, outer: PyTree) -> None:
+        """Write the gradient into ``.grad`` of the leaves of ``outer``.
+
+        Raises:
+            ValueError: ``outer`` has another structure or shapes than the gradient.
+        """
+        leaves, spec = tree_flatten(outer)
+        gradients = tree_leaves(self.gradient)
+        if spec != self._spec or any(
+            a.shape != b.shape for a, b in zip(leaves, gradients, strict=True)
+        ):
+            raise ValueError(
+                "`outer` differs in structure or shapes from the variable this hypergradient was "
+                "taken for; pass the same one, and reduction='mean'"
+            )
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            leaf.grad = gradient.detach().clone()
+
+    def summary(self) -> str:
+        """The statuses in words: how many tasks, what was found, what to do."""
+        return describe_status(self.status)
+
+    def __repr__(self) -> str:
+        worst = max(self.status)
+        residual = self.diagnostics.inner.residual.max().item()
+        linear = self.diagnostics.linear
+        adjoint = "" if linear is None else f", linear residual {linear.residual.max().item():.1e}"
+        return (
+            f"Hypergradient({len(self.status)} task{'s' * (len(self.status) != 1)}, worst status "
+            f"{worst.name}, inner residual {residual:.1e}{adjoint})"
+        )
