@@ -5,6 +5,7 @@ Define a problem, choose an inner solver, a hypergradient method and a linear so
 """
 
 from .argmin import argmin
+from .certificate import Smoothness
 from .check import HypergradientCheck, LeafCheck, assert_hypergradient, check_hypergradient
 from .errors import (
     BilevelError,
@@ -60,6 +61,7 @@ __all__ = [
     "RandomnessError",
     "Record",
     "SecantPairs",
+    "Smoothness",
     "SolveError",
     "SolveReport",
     "State",

@@ -243,6 +243,43 @@ class FlatProblem:
         self.counts["values"] += self.count
         return self._scalar("outer_objective", z, self.tasks.outer_batch)
 
+    def prediction(self, z: Tensor) -> PyTree:
+        """What `predict` makes of each task, stacked; for problems that are stated by it."""
+        return self._call("predict", z, self.batch)
+
+    def loss(self, prediction: PyTree) -> Tensor:
+        """The loss of stacked predictions ``[tasks]``."""
+        value = self.stacking(
+            self.problem.loss,
+            (prediction, self.outer.tree, self.batch),
+            (True, self.outer.per_task, True),
+            self.count,
+            "loss",
+        )
+        assert isinstance(value, Tensor)
+        return value
+
+    @property
+    def strength(self) -> Tensor | None:
+        """The regularizer's strength, 0-d or to be broadcast with ``[tasks, n]``; None without."""
+        return self._strength
+
+    def outer_of(self, i: int) -> PyTree:
+        """The outer variable of task ``i``, detached."""
+        leaves = [leaf.detach() for leaf in self.outer.leaves]
+        if self.outer.per_task:
+            leaves = [leaf[i] for leaf in leaves]
+        return tree_unflatten(leaves, self.outer.spec)
+
+    def smallest_strength(self, i: int) -> float:
+        """The smallest proximal strength of task ``i``; 0 without a regularizer."""
+        if self._strength is None:
+            return 0.0
+        strength = self._strength.detach()
+        if self.outer.per_task:
+            strength = strength[i]
+        return float(strength.min())
+
     def metrics(self, z: Tensor) -> dict[str, Tensor]:
         """The problem's own metrics, ``[tasks]`` each."""
         with torch.no_grad():

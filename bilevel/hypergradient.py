@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -178,7 +178,9 @@ def group(task: Task | TaskBatch | Sequence[Task] | None, inner: PyTree) -> list
 
 
 def _start(state: State | None, i: int) -> Start:
-    return Start() if state is None else Start(state.inner[i], state.adjoint[i])
+    if state is None:
+        return Start()
+    return Start(state.inner[i], state.adjoint[i], state.pairs[i] if state.pairs else None)
 
 
 def _group_hypergradient(
@@ -235,7 +237,7 @@ def _without_failed(
     good = (status < Status.DIVERGED).nonzero().squeeze(-1)
     gradient: tuple[Tensor | None, ...] = (None,) * len(flat.outer.leaves)
     if len(good):
-        pick = Start(*(None if x is None else x[good] for x in (start.inner, start.adjoint)))
+        pick = start.select(good)
         gradient = method(flat.select(good), inner_solver, weights[good], pick).gradient
     return _Part(flat, estimate, status, gradient, float(weights[good].sum()))
 
@@ -303,6 +305,7 @@ def _assemble(
         state=State(
             tuple(part.estimate.z for part in parts),
             tuple(None if one is None else one.value.detach() for one in linear),
+            tuple(None if one is None else one.pairs for one in linear),
         ),
         diagnostics=Diagnostics(
             inner=inner_report,
@@ -312,6 +315,7 @@ def _assemble(
             counts=counts,
             unused=unused,
             failed=failed,
+            **_accuracy(parts, in_order),
         ),
         _spec=outer.spec,
     )
@@ -329,8 +333,9 @@ def _mean(outer: Outer, parts: list[_Part]) -> list[Tensor]:
     return [leaf.detach() for leaf in out]
 
 
-def _per_task(outer: Outer, parts: list[_Part], in_order: object) -> list[Tensor]:
-    assert callable(in_order)
+def _per_task(
+    outer: Outer, parts: list[_Part], in_order: Callable[[Sequence[Tensor]], Tensor]
+) -> list[Tensor]:
     out = []
     for j, leaf in enumerate(outer.leaves):
         terms = []
@@ -378,23 +383,51 @@ def _check_dependence(
     return unused
 
 
-def _report(reports: Sequence[InnerReport | LinearSolution], in_order: object) -> SolveReport:
-    assert callable(in_order)
-    curvature = None
-    if all(isinstance(one, LinearSolution) for one in reports):
+def _accuracy(parts: list[_Part], in_order: Callable[[Sequence[Tensor]], Tensor]) -> Any:
+    """The error estimates and bounds, where they were asked for."""
+    errors = [part.estimate.error for part in parts]
+    bounds = [part.estimate.bound for part in parts]
+    given = [one for one in errors if one is not None]
+    out: dict[str, Any] = {}
+    if given:
+        out["error_estimate"] = in_order([one.relative for one in given])
+        out["error_status"] = members(in_order([one.status for one in given]))
+    certified = [one for one in bounds if one is not None]
+    if certified:
+        out["error_bound"] = in_order(certified)
+    return out
+
+
+def _report(
+    reports: Sequence[InnerReport | LinearSolution],
+    in_order: Callable[[Sequence[Tensor]], Tensor],
+) -> SolveReport:
+    linear = [one for one in reports if isinstance(one, LinearSolution)]
+    curvature = damping = lanczos = None
+    if len(linear) == len(reports):
         curvature = in_order(
-            [
-                torch.stack([one.curvature_min, one.curvature_max], -1)
-                for one in reports
-                if isinstance(one, LinearSolution)
-            ]
+            [torch.stack([one.curvature_min, one.curvature_max], -1) for one in linear]
         )
+        dampings = [one.damping for one in linear if one.damping is not None]
+        if len(dampings) == len(linear):
+            damping = in_order(dampings)
+        tables = [one.lanczos for one in linear if one.lanczos is not None]
+        if len(tables) == len(linear):
+            steps = max(table.shape[1] for table in tables)
+            lanczos = in_order([_padded(table, steps) for table in tables])
     return SolveReport(
         members(in_order([one.status for one in reports])),
         in_order([one.residual for one in reports]),
         in_order([one.steps for one in reports]),
         curvature,
+        damping,
+        lanczos,
     )
+
+
+def _padded(table: Tensor, steps: int) -> Tensor:
+    missing = steps - table.shape[1]
+    return torch.nn.functional.pad(table, (0, 0, 0, missing), value=float("nan"))
 
 
 def _inner(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .errors import NotDifferentiableError
 from .flat import FlatProblem
+from .operator import SecantPairs
 from .pytree import PyTree, tree_map
 from .rows import norm
 from .status import Status, residual_status
@@ -138,6 +139,10 @@ class InnerSolver(ABC):
         finite = carry.z.detach().isfinite().all(-1)
         status = torch.where(finite, status, int(Status.NON_FINITE)).to(torch.int8)
         return InnerReport(status, residual, carry.steps)
+
+    def pairs(self, carry: Carry) -> SecantPairs | None:
+        """What the solver learned of the inner Hessian; None where it learns nothing."""
+        return None
 
     def require_differentiable(self) -> None:
         """Raise unless `_step` can be differentiated.

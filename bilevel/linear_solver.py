@@ -112,7 +112,7 @@ class LinearSolver(ABC):
         for field in fields(self):  # type: ignore[arg-type]  # each subclass is a dataclass
             if field.name in ("max_steps", "terms"):
                 changes[field.name] = max(getattr(self, field.name), most)
-        return replace(self, **changes)  # type: ignore[type-var, no-any-return]
+        return replace(self, **changes)  # type: ignore[type-var]
 
     @abstractmethod
     def _solve(self, operator: Operator, rhs: Tensor, start: Tensor | None) -> LinearSolution:

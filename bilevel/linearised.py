@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .flat import FlatProblem
+from .gauss_newton import gauss_newton
 from .operator import Operator
 from .problem import Structure
 from .rows import column, full_precision
@@ -47,7 +48,9 @@ class LinearisedSystem:
     def operator(self) -> Operator:
         """The matrix of the adjoint system, (∂_z F)ᵀ, undamped."""
         symmetric = self.flat.problem.structure is not Structure.GENERAL
-        return Operator(self.pull, self.pull if symmetric else self.push)
+        pull = self.pull  # one object, by which the operator knows itself to be symmetric
+        positive = gauss_newton(self.flat, self.z) if symmetric else None
+        return Operator(pull, pull if symmetric else self.push, positive)
 
     def pull(self, v: Tensor) -> Tensor:
         """(∂_z F)ᵀ v, ``[tasks, n]``: for an inner objective, the product with its Hessian."""

@@ -35,6 +35,11 @@ class SecantPairs:
         """The pairs of the tasks at ``index``."""
         return SecantPairs(self.s[:, index], self.y[:, index], self.valid[:, index])
 
+    def damped(self, shift: Tensor | float) -> SecantPairs:
+        """The pairs of A + shift · I; ``shift`` is a number, or ``[tasks, 1]``."""
+        scale = shift.to(self.s.dtype) if isinstance(shift, Tensor) else shift
+        return SecantPairs(self.s, self.y + scale * self.s, self.valid)
+
 
 @dataclass(frozen=True)
 class Operator:
@@ -88,7 +93,7 @@ class Operator:
         return self.transposed is self.product
 
     def damped(self, damping: Tensor | float) -> Operator:
-        """A + damping · I; the pairs, which belong to A, are left out.
+        """A + damping · I, with pairs to match.
 
         Args:
             damping: A number, or one for each task, ``[tasks]``.
@@ -112,7 +117,13 @@ class Operator:
         if transposed is None and self.transposed is not None:
             transposed = shifted(self.transposed)
         positive = None if self.gauss_newton is None else shifted(self.gauss_newton)
-        return Operator(product, transposed, positive)
+        return Operator(
+            product,
+            transposed,
+            positive,
+            None if self.inner_pairs is None else self.inner_pairs.damped(shift),
+            None if self.recycled_pairs is None else self.recycled_pairs.damped(shift),
+        )
 
 
 def signs(like: Tensor, count: int) -> Tensor:

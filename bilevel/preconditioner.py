@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -22,7 +21,7 @@ class Preconditioner(ABC):
         recycles: Number of pairs that the solver should keep for the next outer step.
     """
 
-    recycles: ClassVar[int] | int = 0
+    recycles: int = 0
 
     @abstractmethod
     def prepare(self, operator: Operator, like: Tensor) -> MatVec:

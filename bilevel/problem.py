@@ -5,13 +5,17 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Callable
 from enum import Enum
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
 from .errors import ObjectiveError
 from .pytree import PyTree
 from .regularizer import Proximal
+
+if TYPE_CHECKING:
+    from .certificate import Smoothness
+    from .task import Task
 
 __all__ = ["BilevelProblem", "Structure", "problem_from"]
 
@@ -101,6 +105,21 @@ class BilevelProblem(ABC):
             "`inner_objective`"
         )
 
+    def smoothness(self, outer: PyTree, task: Task) -> Smoothness:
+        """Constants from which ``error_bound=True`` certifies a hypergradient's error.
+
+        Args:
+            outer: The outer variable.
+            task: One task with its data.
+
+        Raises:
+            ObjectiveError: The problem declares none.
+        """
+        raise ObjectiveError(
+            f"{type(self).__name__} declares no constants, so no error can be certified; write "
+            "`smoothness(outer, task)`, or ask for `error_estimate=True`, which needs none"
+        )
+
     def metrics(self, inner: PyTree, outer: PyTree, batch: PyTree) -> dict[str, Tensor]:
         """Quantities to report for a task, 0-d tensors by name, on the outer batch."""
         return {}
@@ -110,6 +129,13 @@ class BilevelProblem(ABC):
         """The problem says where its inner solver starts."""
         overridden = type(self).initial_inner is not BilevelProblem.initial_inner
         return overridden or "initial_inner" in self.__dict__ or self.regularizer is not None
+
+    @property
+    def has_prediction(self) -> bool:
+        """The inner objective is stated by `predict` and `loss`."""
+        stated = type(self).inner_objective is BilevelProblem.inner_objective
+        stated = stated and "inner_objective" not in self.__dict__
+        return stated and type(self).predict is not BilevelProblem.predict
 
     @property
     def is_equilibrium(self) -> bool:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
+import torch
 from torch import Tensor
 
+from .operator import SecantPairs
 from .pytree import PyTree, tree_flatten, tree_leaves
 from .status import Status, describe_status
 
@@ -22,12 +25,25 @@ class SolveReport:
         steps: Steps taken, ``[tasks]``.
         curvature: Linear only: smallest and largest Rayleigh quotient met, ``[tasks, 2]``; NaN
             where none was.
+        damping: Linear only: damping that the solver itself added, ``[tasks]``; None where it never
+            adds any.
     """
 
     status: tuple[Status, ...]
     residual: Tensor
     steps: Tensor
     curvature: Tensor | None = None
+    damping: Tensor | None = None
+    _lanczos: Tensor | None = field(default=None, repr=False)
+
+    @cached_property
+    def ritz(self) -> Tensor | None:
+        """Smallest and largest Ritz value ``[tasks, 2]``, float64; None for solvers without.
+
+        They lie inside the spectrum of the inner Hessian and approach its ends from within, so that
+        their ratio is a lower bound on the condition number. NaN where no step was taken.
+        """
+        return None if self._lanczos is None else ritz_values(self._lanczos)
 
 
 @dataclass(frozen=True)
@@ -41,6 +57,10 @@ class Diagnostics:
             ``products``, objective ``values``.
         unused: Names of outer leaves on which nothing depends; their gradient is zero.
         failed: Positions of tasks that were left out of the mean.
+        error_estimate: ‖gradient − exact‖ / ‖gradient‖ of each task, estimated, ``[tasks]``; inf
+            where no estimate could be made. None unless the method was asked, ``error_estimate``.
+        error_status: How the estimate's own solves ended; MAX_STEPS means that it may be low.
+        error_bound: The same, certified from the problem's constants; None unless asked.
     """
 
     inner: SolveReport
@@ -48,6 +68,9 @@ class Diagnostics:
     counts: dict[str, int]
     unused: tuple[str, ...] = ()
     failed: tuple[int, ...] = ()
+    error_estimate: Tensor | None = None
+    error_status: tuple[Status, ...] = ()
+    error_bound: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -57,10 +80,12 @@ class State:
     Attributes:
         inner: Inner points, one ``[tasks, n]`` for each group of equal shapes.
         adjoint: Adjoints likewise, None for methods without one.
+        pairs: What the linear solver learned of the Hessian, where its preconditioner recycles.
     """
 
     inner: tuple[Tensor, ...]
     adjoint: tuple[Tensor | None, ...]
+    pairs: tuple[SecantPairs | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -122,7 +147,33 @@ class Hypergradient:
         residual = self.diagnostics.inner.residual.max().item()
         linear = self.diagnostics.linear
         adjoint = "" if linear is None else f", linear residual {linear.residual.max().item():.1e}"
+        error = self.diagnostics.error_estimate
+        if error is not None:
+            adjoint += f", estimated error {error.max().item():.1e}"
         return (
             f"Hypergradient({len(self.status)} task{'s' * (len(self.status) != 1)}, worst status "
             f"{worst.name}, inner residual {residual:.1e}{adjoint})"
         )
+
+
+def ritz_values(lanczos: Tensor) -> Tensor:
+    """The extreme eigenvalues of tridiagonal matrices.
+
+    Args:
+        lanczos: Diagonals and off-diagonals ``[tasks, steps, 2]``, NaN after a task's last step.
+
+    Returns:
+        ``[tasks, 2]``, float64; NaN for a task without steps.
+    """
+    table = lanczos.detach().cpu().double()
+    diagonal, off = table.unbind(-1)
+    known = diagonal.isfinite()
+    # What is missing repeats the first entry, uncoupled: that is a Rayleigh quotient, inside.
+    diagonal = torch.where(known, diagonal, diagonal[:, :1])
+    coupled = known[:, :-1] & known[:, 1:]
+    off = torch.where(coupled, off[:, :-1], 0.0)
+    matrix = torch.diag_embed(diagonal) + torch.diag_embed(off, 1) + torch.diag_embed(off, -1)
+    usable = matrix.isfinite().all(-1).all(-1)
+    values = torch.linalg.eigvalsh(torch.where(usable[:, None, None], matrix, 0.0))
+    ends = torch.stack([values.amin(-1), values.amax(-1)], -1)
+    return torch.where(usable.unsqueeze(-1), ends, float("nan"))

@@ -18,7 +18,8 @@ from torch import Tensor
 from bilevel.flat import FlatProblem
 from bilevel.inner_solver import InnerSolver, given_solution
 from bilevel.linearised import gradient_of_outer, weighted
-from bilevel.method import Estimate, HypergradientMethod, Start, add
+from bilevel.method import Estimate, HypergradientMethod, Start
+from bilevel.point import add
 from bilevel.registry import METHODS
 from bilevel.rows import norm
 

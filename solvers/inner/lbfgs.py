@@ -16,7 +16,8 @@ from torch import Tensor
 
 from bilevel.errors import StructureError
 from bilevel.flat import FlatProblem
-from bilevel.inner_solver import InnerSolver
+from bilevel.inner_solver import Carry, InnerSolver
+from bilevel.operator import SecantPairs
 from bilevel.pytree import PyTree
 from bilevel.registry import INNER_SOLVERS
 from bilevel.rows import column, dot, norm
@@ -73,6 +74,11 @@ class LBFGS(InnerSolver):
 
     def _residual(self, flat: FlatProblem, z: Tensor, state: PyTree) -> Tensor:
         return norm(state["gradient"])
+
+    def pairs(self, carry: Carry) -> SecantPairs:
+        """The pairs kept, from which `SecantPreconditioner` builds an inverse (SHINE)."""
+        state = carry.state
+        return SecantPairs(state["s"], state["y"], state["rho"] > 0)
 
     def _step(self, flat: FlatProblem, z: Tensor, state: PyTree) -> tuple[Tensor, PyTree]:
         gradient = state["gradient"]
