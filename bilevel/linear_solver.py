@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from .rows import column, norm
 from .status import Status
 
 __all__ = ["LinearSolution", "LinearSolver"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -108,11 +110,7 @@ class LinearSolver(ABC):
             rtol: The tolerance.
             most: The least number of steps (or terms) that the budget is raised to.
         """
-        changes: dict[str, object] = {"rtol": rtol}
-        for field in fields(self):  # type: ignore[arg-type]  # each subclass is a dataclass
-            if field.name in ("max_steps", "terms"):
-                changes[field.name] = max(getattr(self, field.name), most)
-        return replace(self, **changes)  # type: ignore[type-var]
+        return with_tolerance(self, rtol, most)
 
     @abstractmethod
     def _solve(self, operator: Operator, rhs: Tensor, start: Tensor | None) -> LinearSolution:
@@ -124,3 +122,12 @@ def relative_residual(operator: Operator, rhs: Tensor, value: Tensor) -> Tensor:
     size = norm(rhs)
     residual = norm(rhs - operator(value)) / torch.where(size > 0, size, 1.0)
     return torch.where(size > 0, residual, 0.0)
+
+
+def with_tolerance(thing: T, rtol: float, most: int) -> T:
+    """A copy of a frozen dataclass with another ``rtol``, and a budget of at least ``most``."""
+    names = {field.name for field in fields(thing)}  # type: ignore[arg-type]
+    changes: dict[str, object] = {"rtol": rtol} if "rtol" in names else {}
+    for name in names & {"max_steps", "terms"}:
+        changes[name] = max(getattr(thing, name), most)
+    return replace(thing, **changes)  # type: ignore[type-var]

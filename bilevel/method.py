@@ -131,7 +131,7 @@ class ImplicitMethod(HypergradientMethod):
     Args:
         damping: Added to the matrix of the adjoint system, ≥ 0. The status and the residual are
             those of the undamped system.
-        error_estimate: Estimate the relative error of each task's hypergradient; costs two further
+        error_estimate: Estimate the relative error of each task's hypergradient; costs three further
             solves to 0.05, one gradient of either objective, and memory for one hypergradient per
             task.
         correct: Take one Newton step in the inner variable first, which squares the inner error;

@@ -35,6 +35,13 @@ class SecantPairs:
         """The pairs of the tasks at ``index``."""
         return SecantPairs(self.s[:, index], self.y[:, index], self.valid[:, index])
 
+    def row(self, i: int) -> SecantPairs:
+        """Copies of the pairs of task ``i``, as of one task."""
+        here = slice(i, i + 1)
+        return SecantPairs(
+            self.s[:, here].clone(), self.y[:, here].clone(), self.valid[:, here].clone()
+        )
+
     def damped(self, shift: Tensor | float) -> SecantPairs:
         """The pairs of A + shift · I; ``shift`` is a number, or ``[tasks, 1]``."""
         scale = shift.to(self.s.dtype) if isinstance(shift, Tensor) else shift

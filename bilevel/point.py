@@ -30,6 +30,7 @@ __all__ = ["ErrorEstimate", "Point", "add", "corrected", "estimate_error"]
 _ESTIMATE_RTOL = 0.05
 _ESTIMATE_STEPS = 200
 _CONTRACTION = 0.5
+_UNFINISHED = 0.5
 
 
 @dataclass(frozen=True)
@@ -87,13 +88,15 @@ class ErrorEstimate:
     Attributes:
         relative: ‖u(z) − u(z*)‖ / ‖u(z)‖ for each task, estimated, float64; infinite where the
             estimate itself failed.
-        status: How the worst of the two further solves ended, `Status` codes.
-        steps: Steps of both.
+        inner: The part of it that comes from the inner error.
+        linear: The part that comes from the residual of the adjoint system.
+        status: How the worst of the further solves ended, `Status` codes.
     """
 
     relative: Tensor
+    inner: Tensor
+    linear: Tensor
     status: Tensor
-    steps: Tensor
 
 
 def newton_step(
@@ -121,27 +124,34 @@ def estimate_error(point: Point, solver: LinearSolver) -> ErrorEstimate:
     """Compare a hypergradient with the one at the Newton step, its adjoint solved further.
 
     Args:
-        point: The hypergradient, whose outer variable has one copy per task (or is of one task).
-        solver: The linear solver; both solves are to 0.05 of their right-hand sides.
+        point: The hypergradient, whose outer variable has one copy per task.
+        solver: The linear solver; the three solves are to 0.05 of their right-hand sides.
     """
     solver = solver.toward(_ESTIMATE_RTOL, _ESTIMATE_STEPS)
-    z, step = newton_step(point.system, point.operator, solver)
-    flat = point.system.flat
-    ahead = linearise(flat, z)
-    v = point.adjoint.value
-    rest = solver(ahead.operator, ahead.rhs - ahead.pull(v))
-    ones = torch.ones(flat.count, dtype=torch.float64, device=flat.device)
-    better = Point.of(ahead, ahead.operator, replace(rest, value=v + rest.value), ones)
+    system, v = point.system, point.adjoint.value
+    z, step = newton_step(system, point.operator, solver)
+    ahead = linearise(system.flat, z)
+    # What the adjoint lacks: for its own residual, and for the move from z to the Newton step.
+    unsolved = system.rhs - system.pull(v)
+    own = solver(ahead.operator, unsolved)
+    moved = solver(ahead.operator, ahead.rhs - ahead.pull(v) - unsolved)
+    ones = torch.ones(len(z), dtype=torch.float64, device=z.device)
+    value = v + own.value + moved.value
+    better = Point.of(ahead, ahead.operator, replace(moved, value=value), ones)
     gap = add(point.gradient, better.gradient, sign=-1.0)
-    size = point.norm
-    relative = leaves_norm(gap, flat) / torch.where(size > 0, size, 1.0)
+    by_residual = ahead.cross(own.value)
+    parts = (gap, add(gap, by_residual, sign=-1.0), by_residual)
+    size = torch.where(point.norm > 0, point.norm, 1.0)
+    total, inner, linear = (leaves_norm(leaves, system.flat) / size for leaves in parts)
     # Where a Newton step that matters does not contract, z is too far from a solution to tell.
     matters = norm(step.value) > torch.finfo(z.dtype).eps ** 0.5 * norm(point.z)
     lost = matters & (better.residual > _CONTRACTION * point.residual)
-    status = worst(step.status, rest.status)
-    lost = lost | (status > Status.MAX_STEPS) | (torch.maximum(step.residual, rest.residual) > 0.5)
-    relative = torch.where(lost | relative.isnan(), float("inf"), relative)
-    return ErrorEstimate(relative, status, step.steps + rest.steps)
+    solves = (step, own, moved)
+    status = worst(*(one.status for one in solves))
+    unfinished = torch.stack([one.residual for one in solves]).amax(0)
+    lost = lost | (status > Status.MAX_STEPS) | ~(unfinished <= _UNFINISHED) | total.isnan()
+    total, inner, linear = (torch.where(lost, float("inf"), x) for x in (total, inner, linear))
+    return ErrorEstimate(total, inner, linear, status)
 
 
 def leaves_norm(leaves: Sequence[Tensor | None], flat: FlatProblem) -> Tensor:

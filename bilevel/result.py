@@ -59,6 +59,9 @@ class Diagnostics:
         failed: Positions of tasks that were left out of the mean.
         error_estimate: ‖gradient − exact‖ / ‖gradient‖ of each task, estimated, ``[tasks]``; inf
             where no estimate could be made. None unless the method was asked, ``error_estimate``.
+        inner_error: The part of the estimate that comes from the inner solve; more inner steps cure
+            it.
+        linear_error: The part that comes from the adjoint solve; a lower ``rtol`` cures it.
         error_status: How the estimate's own solves ended; MAX_STEPS means that it may be low.
         error_bound: The same, certified from the problem's constants; None unless asked.
     """
@@ -69,6 +72,8 @@ class Diagnostics:
     unused: tuple[str, ...] = ()
     failed: tuple[int, ...] = ()
     error_estimate: Tensor | None = None
+    inner_error: Tensor | None = None
+    linear_error: Tensor | None = None
     error_status: tuple[Status, ...] = ()
     error_bound: Tensor | None = None
 

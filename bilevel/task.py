@@ -146,6 +146,15 @@ class TaskBatch:
 
 def group_by_shape(tasks: Sequence[Task]) -> list[tuple[TaskBatch, list[int]]]:
     """Stack tasks of one shape together; return each stack with its tasks' positions."""
+    return [(Task.stack([tasks[i] for i in where]), where) for where in positions_by_shape(tasks)]
+
+
+def positions_by_shape(tasks: Sequence[Task]) -> list[list[int]]:
+    """The positions of tasks of equal shapes, one list for each shape.
+
+    Raises:
+        ValueError: The list is empty or holds something else.
+    """
     if not tasks:
         raise ValueError("`task` is an empty list; pass at least one task")
     groups: dict[Any, list[int]] = {}
@@ -153,7 +162,7 @@ def group_by_shape(tasks: Sequence[Task]) -> list[tuple[TaskBatch, list[int]]]:
         if not isinstance(task, Task):
             raise ValueError(f"`task[{i}]` is a {type(task).__name__}; a list holds Task objects")
         groups.setdefault(_signature(task), []).append(i)
-    return [(Task.stack([tasks[i] for i in where]), where) for where in groups.values()]
+    return list(groups.values())
 
 
 def _data(task: Task) -> PyTree:

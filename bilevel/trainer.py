@@ -20,6 +20,7 @@ from .pytree import PyTree
 from .result import Hypergradient
 from .status import describe_status
 from .task import Task, TaskBatch
+from .warm_start import WarmStart, WarmStarts
 
 __all__ = ["Record", "Trainer"]
 
@@ -72,6 +73,11 @@ class Trainer:
         project: Called with ``outer`` after each step, to change it in place (bounds); optional.
         clip: Scale the hypergradient down to this norm over all leaves; None: leave it. A task near
             negative curvature can give a huge one, and Adam remembers it for hundreds of steps.
+        warm_start: Start ``"inner"`` solves, ``"adjoint"`` solves or ``"both"`` where they ended
+            when the task was last seen; ``"none"``: anew at each step. Tasks that change from step
+            to step are told apart by ``Task.key``. A truncated inner solve makes another
+            hypergradient when it starts warm; a converged one makes the same at less cost. Unrolled
+            starts anew always.
         on_failure: What to do where a task is not CONVERGED or BUDGET. ``"raise"``: stop, with
             ``outer`` as it was before the step. ``"skip"``: leave this step out. ``"mean"``: step
             with the mean over the usable tasks.
@@ -103,11 +109,13 @@ class Trainer:
     optimizer: Callable[[list[Tensor]], torch.optim.Optimizer]
     project: Callable[[PyTree], None] | None = None
     clip: float | None = None
+    warm_start: WarmStart = "none"
     on_failure: Literal["raise", "skip", "mean"] = "raise"
 
     def __post_init__(self) -> None:
         if self.on_failure not in ("raise", "skip", "mean"):
             raise ValueError(f"`on_failure` is {self.on_failure!r}; pass 'raise', 'skip' or 'mean'")
+        WarmStarts(self.warm_start, constant=True)
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"`clip` is {self.clip}; pass a norm > 0, or None")
         if not callable(self.optimizer):
@@ -148,16 +156,20 @@ class Trainer:
                 raise ValueError(f"`{name}` is no leaf of the graph; pass `{name}.detach()`")
         optimizer = self.optimizer(leaves)
         source = _source(tasks)
+        kept = WarmStarts(self.warm_start, constant=_is_constant(tasks))
         records = []
         for step in range(steps):
             started = time.perf_counter()
+            task = source(step)
             result = hypergradient(
                 self.problem,
                 outer,
-                source(step),
+                task,
                 inner_solver=self.inner_solver,
                 method=self.method,
+                state=kept.state(task),
             )
+            kept.keep(task, result.state)
             self._update(outer, result, optimizer)
             record = _record(step, result, time.perf_counter() - started)
             records.append(record)
@@ -185,8 +197,12 @@ class Trainer:
                 self.project(outer)
 
 
+def _is_constant(tasks: Any) -> bool:
+    return tasks is None or isinstance(tasks, Task | TaskBatch | list | tuple)
+
+
 def _source(tasks: Any) -> Callable[[int], Tasks]:
-    if tasks is None or isinstance(tasks, Task | TaskBatch | list | tuple):
+    if _is_constant(tasks):
         return lambda step: tasks
     if callable(tasks):
         return tasks  # type: ignore[no-any-return]

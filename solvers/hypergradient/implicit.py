@@ -6,7 +6,7 @@ $$\frac{dF}{dx} = \partial_x f - (\partial_x \partial_z G)^\top v,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bilevel.linear_solver import LinearSolver
 from bilevel.method import ImplicitMethod
@@ -39,3 +39,7 @@ class Implicit(ImplicitMethod):
 
     def _linear_solver(self) -> LinearSolver:
         return self.linear_solver
+
+    def toward(self, rtol: float, most: int) -> Implicit:
+        """The same method, its linear solver asked for another relative residual."""
+        return replace(self, linear_solver=self.linear_solver.toward(rtol, most))
