@@ -13,7 +13,7 @@ from .certificate import certified_bound
 from .errors import StructureError
 from .flat import FlatProblem
 from .inner_solver import InnerReport, InnerSolver, given_solution
-from .linear_solver import LinearSolution, LinearSolver, relative_residual
+from .linear_solver import LinearSolution, LinearSolver, relative_residual, with_tolerance
 from .linearised import linearise
 from .operator import Operator, SecantPairs
 from .point import ErrorEstimate, Point, corrected, estimate_error
@@ -131,7 +131,7 @@ class ImplicitMethod(HypergradientMethod):
     Args:
         damping: Added to the matrix of the adjoint system, ≥ 0. The status and the residual are
             those of the undamped system.
-        error_estimate: Estimate the relative error of each task's hypergradient; costs three further
+        error_estimate: Estimate the relative error of each task's hypergradient; costs three more
             solves to 0.05, one gradient of either objective, and memory for one hypergradient per
             task.
         correct: Take one Newton step in the inner variable first, which squares the inner error;
@@ -165,6 +165,15 @@ class ImplicitMethod(HypergradientMethod):
     def _linear_solver(self) -> LinearSolver:
         """The solver of the adjoint system."""
 
+    def toward(self, rtol: float, most: int) -> ImplicitMethod:
+        """The same method asked for a relative residual, whatever its own budget.
+
+        Args:
+            rtol: The tolerance of the adjoint solve; a direct method has none and stays as it is.
+            most: The least number of steps (or terms) that the budget is raised to.
+        """
+        return with_tolerance(self, rtol, most)
+
     def solve(self, operator: Operator, rhs: Tensor, start: Tensor | None = None) -> LinearSolution:
         """Solve with the damped operator; the residual is that of the undamped one."""
         solver = self._linear_solver()
@@ -177,7 +186,9 @@ class ImplicitMethod(HypergradientMethod):
             residual, torch.full_like(residual, solver.rtol), asked=solver.rtol > 0
         )
         judged = torch.where(found.status >= Status.INDEFINITE, found.status, judged)
-        return replace(found, residual=residual, status=judged.to(torch.int8))
+        # The next outer step adds the damping again.
+        pairs = None if found.pairs is None else found.pairs.damped(-self.damping)
+        return replace(found, residual=residual, status=judged.to(torch.int8), pairs=pairs)
 
     def _compute(
         self, flat: FlatProblem, inner_solver: InnerSolver | None, weights: Tensor, start: Start

@@ -1,4 +1,4 @@
-"""Interchangeable solvers: inner solvers, hypergradient methods and linear solvers."""
+"""Interchangeable solvers: inner and linear solvers, hypergradient methods, preconditioners."""
 
 from .hypergradient import (
     DenseExact,
@@ -9,11 +9,31 @@ from .hypergradient import (
     Unrolled,
 )
 from .inner import LBFGS, ClosedForm, GradientDescent, TorchOptimizer
-from .linear import CG, Dense, Neumann
+from .linear import (
+    CG,
+    GMRES,
+    MINRES,
+    BiCGStab,
+    Dense,
+    Neumann,
+    NormalCG,
+    Nystrom,
+    Richardson,
+    SciPy,
+)
+from .preconditioner import (
+    JacobiPreconditioner,
+    NystromPreconditioner,
+    RecyclingPreconditioner,
+    SecantPreconditioner,
+)
 
 __all__ = [
     "CG",
+    "GMRES",
     "LBFGS",
+    "MINRES",
+    "BiCGStab",
     "ClosedForm",
     "Dense",
     "DenseExact",
@@ -21,8 +41,16 @@ __all__ = [
     "GradientDescent",
     "Implicit",
     "ImplicitCG",
+    "JacobiPreconditioner",
     "Neumann",
     "NeumannSeries",
+    "NormalCG",
+    "Nystrom",
+    "NystromPreconditioner",
+    "RecyclingPreconditioner",
+    "Richardson",
+    "SciPy",
+    "SecantPreconditioner",
     "TorchOptimizer",
     "Unrolled",
 ]

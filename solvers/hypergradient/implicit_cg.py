@@ -9,9 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bilevel.method import ImplicitMethod
+from bilevel.preconditioner import Preconditioner
 from bilevel.registry import METHODS
 
 from ..linear.cg import CG
+from ..linear.curvature import Policy
 
 __all__ = ["ImplicitCG"]
 
@@ -26,11 +28,16 @@ class ImplicitCG(ImplicitMethod):
     Args:
         max_steps: The most CG steps.
         rtol: Tolerance relative to each task's ‖∂_z f‖; 0 asks for ``max_steps`` steps only.
+        preconditioner: A stand-in for the inverse Hessian that saves steps; None: none.
+        indefinite: What to do about negative curvature: ``"truncate"``, ``"error"``, ``"damp"``,
+            ``"ggn"`` or ``"minres"``; see `CG`.
         damping: Added to the matrix, ≥ 0.
     """
 
     max_steps: int = 100
     rtol: float = 1e-5
+    preconditioner: Preconditioner | None = None
+    indefinite: Policy = "truncate"
 
     def _linear_solver(self) -> CG:
-        return CG(max_steps=self.max_steps, rtol=self.rtol)
+        return CG(self.max_steps, self.rtol, self.preconditioner, self.indefinite)

@@ -1,27 +1,41 @@
-r"""Conjugate gradients (Hestenes and Stiefel, 1952), batched over tasks.
+r"""Conjugate gradients (Hestenes and Stiefel, 1952), preconditioned and batched over tasks.
 
 Solves $A v = b$ for symmetric positive definite $A$. After $k$ steps the error in the energy norm
-is at most $2\left(\frac{\sqrt\kappa-1}{\sqrt\kappa+1}\right)^k$ times the first one.
+is at most $2\left(\frac{\sqrt\kappa-1}{\sqrt\kappa+1}\right)^k$ times the first one, with $\kappa$
+the condition number of $A$, or of $M A$ where there is a preconditioner $M \approx A^{-1}$:
+
+$$\alpha = \frac{r^\top M r}{p^\top A p},\quad v \leftarrow v + \alpha p,\quad
+  r \leftarrow r - \alpha A p,\quad \beta = \frac{r_+^\top M r_+}{r^\top M r},\quad
+  p \leftarrow M r + \beta p$$
 
 Departures from the textbook: every task has its own scalars and stops on its own; curvature
 $p^\top A p \le 0$ stops a task at its last good iterate, as INDEFINITE; a claim of convergence is
 checked against the true residual, and iteration restarts from there where it does not hold.
+Without a preconditioner the scalars give the Lanczos matrix (Golub and Van Loan, 2013, 11.3.5):
+diagonal $\frac{1}{\alpha_k} + \frac{\beta_{k-1}}{\alpha_{k-1}}$, off-diagonal
+$\frac{\sqrt{\beta_k}}{\alpha_k}$.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor
 
-from bilevel.linear_solver import LinearSolution, LinearSolver
+from bilevel.linear_solver import LinearSolution, LinearSolver, with_tolerance
 from bilevel.operator import MatVec, Operator
+from bilevel.preconditioner import Preconditioner
 from bilevel.problem import Structure
 from bilevel.registry import LINEAR_SOLVERS
-from bilevel.rows import check_interval, column, dot
-from bilevel.status import Status, residual_status
+from bilevel.rows import column, dot
+
+from .curvature import Policy, repair
+from .cycles import Progress, check_settings, choose, prepare, solve_in_cycles
+from .lanczos import Lanczos
+from .minres import minres
+from .pairs import PairKeeper
 
 __all__ = ["CG"]
 
@@ -35,9 +49,17 @@ class CG(LinearSolver):
         max_steps: The most products with the matrix spent on iterating.
         rtol: Tolerance in ‖b − A v‖ / ‖b‖ of each task; 0 asks for ``max_steps`` steps only, and
             the residual reported is then that of the recurrence.
+        preconditioner: A cheap stand-in for the inverse; None: the identity.
+        indefinite: What becomes of a task that meets negative curvature; it is INDEFINITE in any
+            case, and its residual is that of A. ``"truncate"``: its last good iterate; ``"error"``:
+            raise; ``"damp"``: the solution with A + damping · I for about the smallest damping that
+            restores positive curvature; ``"ggn"``: that with the Gauss-Newton matrix;
+            ``"minres"``: that of A all the same, by MINRES.
 
     Raises:
         ValueError: A setting is out of range.
+        SolveError: Negative curvature was met, and ``indefinite`` is ``"error"``.
+        StructureError: ``indefinite`` is ``"ggn"``, but there is no Gauss-Newton matrix.
 
     Example:
         >>> import torch
@@ -50,110 +72,87 @@ class CG(LinearSolver):
     needs: ClassVar[Structure] = Structure.SYMMETRIC
     max_steps: int = 100
     rtol: float = 1e-5
+    preconditioner: Preconditioner | None = None
+    indefinite: Policy = "truncate"
 
     def __post_init__(self) -> None:
-        if self.max_steps < 1:
-            raise ValueError(f"`max_steps` is {self.max_steps}; take at least one step")
-        if not 0.0 <= self.rtol < 1.0:
-            raise ValueError(f"`rtol` is {self.rtol}; pass a tolerance in [0, 1), 0 for the budget")
+        check_settings(self.max_steps, self.rtol, self.preconditioner)
+        if self.indefinite not in get_args(Policy):
+            known = ", ".join(get_args(Policy))
+            raise ValueError(f"`indefinite` is '{self.indefinite}'; pass one of: {known}")
+
+    def toward(self, rtol: float, most: int) -> CG:
+        """The same solver asked for a relative residual; negative curvature only ends it."""
+        return replace(with_tolerance(self, rtol, most), indefinite="truncate")
 
     def _solve(self, operator: Operator, rhs: Tensor, start: Tensor | None) -> LinearSolution:
-        x = torch.zeros_like(rhs) if start is None else start
-        r = rhs if start is None else rhs - operator(x)
-        state = _State.begin(x, r)
-        nonzero = dot(rhs, rhs) > 0
-        # Below rounding the recurrence is noise; go no further, whatever was asked.
-        floor = max(self.rtol, torch.finfo(rhs.dtype).eps)
-        active = nonzero & (dot(r, r) > floor**2)
-        spent = 0
-        while True:
-            spent += _iterate(operator, state, active, floor, self.max_steps - spent)
-            residual = dot(state.r, state.r).sqrt()
-            if self.rtol == 0.0:
-                break
-            # The recurrence drifts from the true residual; believe only the latter.
-            state.r = rhs - operator(state.x)
-            true = dot(state.r, state.r).sqrt()
-            wrong = ~state.stopped & nonzero & (true > self.rtol)
-            # Rounding bounds the true residual from below: go on only while restarts still help.
-            active = wrong & (true < 0.5 * state.last_true)
-            state.last_true, residual = true, true
-            if spent >= self.max_steps or not bool(active.any()):
-                break
-        status = residual_status(
-            torch.where(nonzero, residual, 0.0),
-            torch.full_like(residual, self.rtol or floor),
-            asked=self.rtol > 0,
+        precondition = prepare(self.preconditioner, operator, rhs)
+        found = self._iterate(operator, rhs, start, precondition)
+        if self.indefinite == "truncate":
+            return found
+
+        def by_cg(other: Operator, b: Tensor) -> LinearSolution:
+            return self._iterate(other, b, None, precondition)
+
+        def by_minres(other: Operator, b: Tensor) -> LinearSolution:
+            return minres(other, b, None, precondition, self.max_steps, self.rtol)
+
+        return repair(self.indefinite, found, operator, rhs, by_cg, by_minres)
+
+    def _iterate(
+        self, operator: Operator, rhs: Tensor, start: Tensor | None, precondition: MatVec
+    ) -> LinearSolution:
+        """Solve as far as positive curvature goes."""
+        count = 0 if self.preconditioner is None else self.preconditioner.recycles
+        keeper = PairKeeper(count, rhs, operator.recycled_pairs) if count else None
+        lanczos = Lanczos(rhs) if self.preconditioner is None else None
+
+        def cycle(progress: Progress) -> None:
+            _cycle(operator, precondition, progress, lanczos, keeper)
+            if lanczos is not None:
+                lanczos.close()
+
+        found = solve_in_cycles(
+            cycle, operator, rhs, start, max_steps=self.max_steps, rtol=self.rtol
         )
-        indefinite = state.indefinite & (status != Status.CONVERGED)
-        status = torch.where(indefinite, int(Status.INDEFINITE), status)
-        status = torch.where(state.broken, int(Status.NON_FINITE), status).to(torch.int8)
-        return LinearSolution(
-            state.x,
-            status,
-            torch.where(nonzero, residual, 0.0),
-            state.steps,
-            state.curvature_min,
-            state.curvature_max,
+        return replace(
+            found,
+            lanczos=None if lanczos is None else lanczos.table(),
+            pairs=None if keeper is None else keeper.pairs(),
         )
 
 
-def _iterate(matvec: MatVec, state: _State, active: Tensor, floor: float, most: int) -> int:
-    """Iterate until all tasks' residuals are below ``floor``; return the number of products."""
-    p = state.r
-    rr = dot(state.r, state.r)
-    interval = check_interval(p.device)
-    for k in range(most):
-        if k % interval == 0 and not bool(active.any()):
-            return k
-        ap = matvec(p)
+def _cycle(
+    operator: Operator,
+    precondition: MatVec,
+    progress: Progress,
+    lanczos: Lanczos | None,
+    keeper: PairKeeper | None,
+) -> None:
+    """Iterate from the residual until no task is active."""
+    z = p = precondition(progress.r)
+    rz = dot(progress.r, z)
+    # β / α of the step before; 0 before the first.
+    carried = torch.zeros_like(rz)
+    for _ in progress.rounds():
+        ap = operator(p)
         pap, pp = dot(p, ap), dot(p, p)
-        good = active & (pap > 0) & pap.isfinite()
-        state.observe(active, pap, pp)
-        alpha = torch.where(good, rr / pap, 0.0)
-        # `where`, not a product with alpha = 0: a failed task's NaN would spread over its row.
-        x = state.x + column(alpha, p) * p
-        r = state.r - column(alpha, p) * ap
-        keep = good.unsqueeze(-1)
-        state.x, state.r = torch.where(keep, x, state.x), torch.where(keep, r, state.r)
-        new = torch.where(good, dot(state.r, state.r), rr)
-        beta = torch.where(good & (rr > 0), new / rr, 0.0)
-        p = torch.where(keep, state.r + column(beta, p) * p, p)
-        rr = new
-        state.steps = state.steps + good
-        active = good & (rr > floor**2)
-    return most
-
-
-@dataclass
-class _State:
-    """What iteration carries across restarts."""
-
-    x: Tensor
-    r: Tensor
-    steps: Tensor
-    indefinite: Tensor
-    broken: Tensor
-    curvature_min: Tensor
-    curvature_max: Tensor
-    last_true: Tensor
-
-    @classmethod
-    def begin(cls, x: Tensor, r: Tensor) -> _State:
-        count, device = len(x), x.device
-        flag = torch.zeros(count, dtype=torch.bool, device=device)
-        infinite = torch.full((count,), float("inf"), dtype=torch.float64, device=device)
-        steps = torch.zeros(count, dtype=torch.int64, device=device)
-        nan = torch.full_like(infinite, float("nan"))
-        return cls(x, r, steps, flag, flag, nan, nan, infinite)
-
-    @property
-    def stopped(self) -> Tensor:
-        return self.indefinite | self.broken
-
-    def observe(self, active: Tensor, pap: Tensor, pp: Tensor) -> None:
-        quotient = torch.where(active & pap.isfinite(), pap / pp, float("nan"))
-        self.curvature_min = torch.fmin(self.curvature_min, quotient)
-        self.curvature_max = torch.fmax(self.curvature_max, quotient)
-        self.indefinite = self.indefinite | (active & (pap <= 0))
-        self.broken = self.broken | (active & ~pap.isfinite())
+        progress.observe(pap / pp)
+        met = progress.demand_finite(pap)
+        progress.indefinite = progress.indefinite | (met & (pap <= 0))
+        good = met & (pap > 0) & (rz > 0)
+        alpha = torch.where(met, rz / pap, 0.0)
+        # `choose`, not a product with alpha = 0: a failed task's NaN would spread over its row.
+        x, r = progress.x + column(alpha, p) * p, progress.r - column(alpha, p) * ap
+        progress.step(good, x, r)
+        z = precondition(progress.r)
+        new = dot(progress.r, z)
+        beta = torch.where(good, new / rz, 0.0)
+        if lanczos is not None:
+            # The step that met negative curvature is recorded too: it has a negative Ritz value.
+            lanczos.add(met, 1 / alpha + carried, beta.sqrt() / alpha)
+        if keeper is not None:
+            keeper.add(good, p, ap)
+        carried = beta / alpha
+        p = choose(good, z + column(beta, p) * p, p)
+        rz = torch.where(good, new, rz)

@@ -1,0 +1,51 @@
+"""The Lanczos tridiagonal matrix that a Krylov solver builds on its way (Lanczos, 1950).
+
+Its eigenvalues, the Ritz values, approximate those of A, the extreme ones first.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["Lanczos", "smallest_ritz_value"]
+
+_MOST_STEPS = 128
+
+
+class Lanczos:
+    """Records the tridiagonal matrix of each task, for the first steps of the first cycle."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._rows = [like.new_zeros(len(like), 0, 2, dtype=torch.float64)]
+        self._open = True
+
+    def add(self, tasks: Tensor, diagonal: Tensor, off_diagonal: Tensor) -> None:
+        """Note one step of those tasks, scalars ``[tasks]``."""
+        if self._open and len(self._rows) <= _MOST_STEPS:
+            row = torch.stack([diagonal, off_diagonal], -1)
+            row = torch.where(tasks.unsqueeze(-1), row, float("nan"))
+            self._rows.append(row.unsqueeze(1))
+
+    def close(self) -> None:
+        """The first cycle is over: what follows belongs to another matrix."""
+        self._open = False
+
+    def table(self) -> Tensor:
+        """``[tasks, steps, 2]``: diagonal, and off-diagonal to the next step; NaN past the end."""
+        return torch.cat(self._rows, dim=1)
+
+
+def smallest_ritz_value(table: Tensor) -> Tensor:
+    """The smallest eigenvalue of each task's tridiagonal matrix; infinite where it has no step."""
+    diagonal, off = table[..., 0], table[:, :-1, 1]
+    inside = diagonal.isfinite()
+    # Past a task's own steps: entries larger than any eigenvalue, coupled to nothing.
+    bound = torch.where(table.isfinite(), table, 0.0).abs().sum((1, 2)).unsqueeze(-1)
+    matrix = torch.diag_embed(torch.where(inside, diagonal, 2.0 * bound + 1.0))
+    off = torch.where(inside[:, 1:] & off.isfinite(), off, 0.0)
+    matrix = matrix + torch.diag_embed(off, 1) + torch.diag_embed(off, -1)
+    none = torch.full_like(bound.squeeze(-1), float("inf"))
+    if not table.shape[1]:
+        return none
+    return torch.where(inside.any(-1), torch.linalg.eigvalsh(matrix)[:, 0], none)
