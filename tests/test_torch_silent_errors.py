@@ -468,24 +468,6 @@ def test_forward_mode_through_argmin_raises_or_is_right(method, how):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
-@pytest.mark.parametrize("method", [ImplicitCG(), DenseExact()], ids=name)
-def test_forward_mode_through_implicit_argmin_raises(method):
-    problem = problem_from(
-        lambda z, x, batch: 0.25 * (z**4).sum(), lambda z, x, batch: z.sum(), Proximal(1.0)
-    )
-    solver = GradientDescent(lr=0.3, max_steps=120)
-
-    def solve(x):
-        return argmin(problem, x, inner_solver=solver, method=method)
-
-    x = torch.ones(2, dtype=F64)
-    with pytest.raises((RuntimeError, NotDifferentiableError)):
-        torch.func.jvp(solve, (x,), (x,))
-    with pytest.raises((RuntimeError, NotDifferentiableError)):
-        torch.func.jvp(lambda y: torch.func.jvp(solve, (y,), (x,))[1], (x,), (x,))
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 @pytest.mark.parametrize("method", METHODS_OF_ARGMIN, ids=name)
 @pytest.mark.parametrize("how", ["func.grad", "jacrev", "vmap"])
 def test_reverse_transforms_through_argmin_raise_or_are_right(method, how):
