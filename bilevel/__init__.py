@@ -4,9 +4,20 @@ Define a problem, choose an inner solver, a hypergradient method and a linear so
 `hypergradient`.
 """
 
+from .accuracy import (
+    AccuracyController,
+    AccuracyPolicy,
+    ErrorDrivenAccuracy,
+    FixedAccuracy,
+    ScheduledAccuracy,
+    Tolerances,
+)
 from .argmin import argmin
 from .certificate import Smoothness
 from .check import HypergradientCheck, LeafCheck, assert_hypergradient, check_hypergradient
+from .compare import compare
+from .comparison import Comparison, MethodResult
+from .doctor import Diagnosis, Finding, doctor
 from .errors import (
     BilevelError,
     BilevelWarning,
@@ -22,6 +33,8 @@ from .hypergradient import hypergradient
 from .inner_solver import InnerSolver
 from .linear_solver import LinearSolution, LinearSolver
 from .method import Estimate, HypergradientMethod, ImplicitMethod
+from .minimize import Minimum, OuterStatus, OuterStep, minimize
+from .norms import exact_norms
 from .operator import Operator, SecantPairs
 from .preconditioner import Preconditioner
 from .problem import BilevelProblem, Structure, problem_from
@@ -37,12 +50,19 @@ from .trainer import Record, Trainer
 __version__ = "0.1.0"
 
 __all__ = [
+    "AccuracyController",
+    "AccuracyPolicy",
     "BilevelError",
     "BilevelProblem",
     "BilevelWarning",
+    "Comparison",
     "DependenceError",
+    "Diagnosis",
     "Diagnostics",
+    "ErrorDrivenAccuracy",
     "Estimate",
+    "Finding",
+    "FixedAccuracy",
     "Hypergradient",
     "HypergradientCheck",
     "HypergradientMethod",
@@ -53,13 +73,18 @@ __all__ = [
     "LeafCheck",
     "LinearSolution",
     "LinearSolver",
+    "MethodResult",
+    "Minimum",
     "NotDifferentiableError",
     "ObjectiveError",
     "Operator",
+    "OuterStatus",
+    "OuterStep",
     "Preconditioner",
     "Proximal",
     "RandomnessError",
     "Record",
+    "ScheduledAccuracy",
     "SecantPairs",
     "Smoothness",
     "SolveError",
@@ -71,11 +96,16 @@ __all__ = [
     "StructureError",
     "Task",
     "TaskBatch",
+    "Tolerances",
     "Trainer",
     "argmin",
     "assert_hypergradient",
     "check_hypergradient",
+    "compare",
+    "doctor",
+    "exact_norms",
     "hypergradient",
+    "minimize",
     "problem_from",
     "solve_inner",
     "stateless",

@@ -393,6 +393,7 @@ def _accuracy(parts: list[_Part], in_order: Callable[[Sequence[Tensor]], Tensor]
         out["error_estimate"] = in_order([one.relative for one in given])
         out["inner_error"] = in_order([one.inner for one in given])
         out["linear_error"] = in_order([one.linear for one in given])
+        out["gradient_norm"] = in_order([one.norm for one in given])
         out["error_status"] = members(in_order([one.status for one in given]))
     certified = [one for one in bounds if one is not None]
     if certified:

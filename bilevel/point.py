@@ -90,12 +90,14 @@ class ErrorEstimate:
             estimate itself failed.
         inner: The part of it that comes from the inner error.
         linear: The part that comes from the residual of the adjoint system.
+        norm: ‖u(z)‖ for each task.
         status: How the worst of the further solves ended, `Status` codes.
     """
 
     relative: Tensor
     inner: Tensor
     linear: Tensor
+    norm: Tensor
     status: Tensor
 
 
@@ -151,7 +153,7 @@ def estimate_error(point: Point, solver: LinearSolver) -> ErrorEstimate:
     unfinished = torch.stack([one.residual for one in solves]).amax(0)
     lost = lost | (status > Status.MAX_STEPS) | ~(unfinished <= _UNFINISHED) | total.isnan()
     total, inner, linear = (torch.where(lost, float("inf"), x) for x in (total, inner, linear))
-    return ErrorEstimate(total, inner, linear, status)
+    return ErrorEstimate(total, inner, linear, point.norm, status)
 
 
 def leaves_norm(leaves: Sequence[Tensor | None], flat: FlatProblem) -> Tensor:

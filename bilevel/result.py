@@ -62,6 +62,7 @@ class Diagnostics:
         inner_error: The part of the estimate that comes from the inner solve; more inner steps cure
             it.
         linear_error: The part that comes from the adjoint solve; a lower ``rtol`` cures it.
+        gradient_norm: ‖gradient‖ of each task, to which the errors are relative.
         error_status: How the estimate's own solves ended; MAX_STEPS means that it may be low.
         error_bound: The same, certified from the problem's constants; None unless asked.
     """
@@ -74,6 +75,7 @@ class Diagnostics:
     error_estimate: Tensor | None = None
     inner_error: Tensor | None = None
     linear_error: Tensor | None = None
+    gradient_norm: Tensor | None = None
     error_status: tuple[Status, ...] = ()
     error_bound: Tensor | None = None
 

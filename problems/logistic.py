@@ -10,12 +10,14 @@ closed form. Pedregosa (2016, section 4) learns one weight of decay for all feat
 
 from __future__ import annotations
 
+import math
 import os
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bilevel.certificate import Smoothness
 from bilevel.problem import BilevelProblem, Structure
 from bilevel.registry import PROBLEMS
 from bilevel.regularizer import Proximal
@@ -74,6 +76,20 @@ class Logistic(BilevelProblem):
         """``accuracy`` on the outer batch."""
         features, labels = batch
         return {"accuracy": (labels * (features @ inner) > 0).to(features.dtype).mean()}
+
+    def smoothness(self, outer: Tensor, task: Task) -> Smoothness:
+        """Constants where the inner objective is no larger than at w = 0; the loss is convex."""
+        features, _ = (x.double() for x in task.inner_batch)
+        strength = outer.detach().double().exp()
+        largest = (2 * math.log(2.0) * strength.max()).sqrt()
+        third = features.norm(dim=1).max().item() * _mean_square(features) / (6 * math.sqrt(3.0))
+        return Smoothness(
+            # ∂ₓ∂_w G = diag(eˣ w), and ½ Σ eˣ w² is at most the objective at w = 0.
+            cross_norm=largest.item(),
+            outer_gradient=_mean_square(task.outer_batch[0].double()) / 4,
+            hessian=third,
+            cross=strength.max().item(),
+        )
 
     @classmethod
     def generated(
@@ -199,3 +215,8 @@ class Logistic(BilevelProblem):
             mu=weights.min().item(),
             note=note,
         )
+
+
+def _mean_square(features: Tensor) -> float:
+    """The largest eigenvalue of XᵀX / N."""
+    return torch.linalg.eigvalsh(features.mT @ features / len(features))[-1].item()

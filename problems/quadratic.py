@@ -18,6 +18,7 @@ import math
 import torch
 from torch import Tensor
 
+from bilevel.certificate import Smoothness
 from bilevel.problem import BilevelProblem, Structure
 from bilevel.pytree import VectorSpec
 from bilevel.registry import PROBLEMS
@@ -84,6 +85,15 @@ class Quadratic(BilevelProblem):
             linear = linear + strength * center
         z: Tensor = torch.linalg.solve(self.hessian(outer, batch), linear)
         return z.to(dtype)
+
+    def smoothness(self, outer: Tensor, task: Task) -> Smoothness:
+        """The constants of a quadratic without regularizer, from its eigenvalues."""
+        if self.regularizer is not None:
+            return super().smoothness(outer, task)
+        batch = task.inner_batch
+        lowest = torch.linalg.eigvalsh(batch["A"].double())[0].item()
+        cross = torch.linalg.matrix_norm(batch["B"].double(), 2).item()
+        return Smoothness(cross_norm=cross, outer_gradient=1.0, strong_convexity=lowest)
 
     def hessian(self, outer: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """The regularised inner Hessian A + diag(s) ``[n, n]``."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bilevel.certificate import Smoothness
 from bilevel.problem import BilevelProblem, Structure
 from bilevel.registry import PROBLEMS
 from bilevel.regularizer import Proximal
@@ -66,6 +67,19 @@ class Ridge(BilevelProblem):
     ) -> dict[str, Tensor]:
         """``mse``, the mean squared error on the outer batch."""
         return {"mse": 2 * self.outer_objective(inner, outer, batch)}
+
+    def smoothness(self, outer: Tensor, task: Task) -> Smoothness:
+        """Constants where the inner objective is no larger than at w = 0; the loss is convex."""
+        targets = task.inner_batch[1].double()
+        strength = outer.detach().double().exp()
+        # Half the mean square of the targets is the objective at w = 0.
+        largest = strength.sqrt().max() * targets.square().mean().sqrt()
+        return Smoothness(
+            # ∂ₓ∂_w G = diag(eˣ w), and ½ Σ eˣ w² is at most the objective at w = 0.
+            cross_norm=largest.item(),
+            outer_gradient=_mean_square(task.outer_batch[0].double()),
+            cross=strength.max().item(),
+        )
 
     def solution(self, outer: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
         """w*(x) ``[features]`` of one task, for `ClosedForm`; in float64, differentiable."""
@@ -161,3 +175,8 @@ class Ridge(BilevelProblem):
     ) -> Example:
         """A small instance; see `Example`."""
         return cls.generated(12, 3, 20, 20, spread=3.0, tasks=tasks, seed=seed, dtype=dtype)
+
+
+def _mean_square(features: Tensor) -> float:
+    """The largest eigenvalue of XᵀX / N."""
+    return torch.linalg.eigvalsh(features.mT @ features / len(features))[-1].item()
