@@ -21,8 +21,9 @@ from results import Row, write_results
 from torch import Tensor
 
 from bilevel import Status, hypergradient
+from bilevel.problems import Logistic, Quadratic, Ridge
 from bilevel.pytree import tree_leaves
-from bilevel.solvers import ImplicitCG
+from bilevel.solvers import DenseExact, GradientDescent, ImplicitCG
 
 QUANTILES = (0.005, 0.025, 0.5, 0.975, 0.995)
 
@@ -102,6 +103,53 @@ def correction(family: str, seed: int = 0, count: int = 20) -> dict[str, Tensor]
     return {"inner_error": sizes, **{name: torch.stack(rows) for name, rows in table.items()}}
 
 
+def certificates(steps: int = 40, tasks: int = 20) -> dict[str, Tensor]:
+    """Certified bound over true error, for the problems that declare their constants."""
+    out = {}
+    for problem in (Quadratic, Ridge, Logistic):
+        example = problem.example(tasks=tasks)
+        exact, bounded = (
+            hypergradient(
+                example.problem,
+                example.outer,
+                example.task,
+                inner_solver=solver,
+                method=method,
+                reduction="none",
+            )
+            for solver, method in (
+                (example.inner_solver, DenseExact(correct=True)),
+                (GradientDescent(1 / example.lipschitz, steps), ImplicitCG(error_bound=True)),
+            )
+        )
+        found = _rows(bounded.gradient)
+        true = (found - _rows(exact.gradient)).norm(dim=1) / found.norm(dim=1)
+        bound = bounded.diagnostics.error_bound
+        assert bound is not None
+        out[problem.__name__] = bound / true
+    return out
+
+
+def cost(family: str, seed: int = 0, count: int = 20) -> dict[str, float]:
+    """Hessian products per task, without and with the estimate, and with the correction."""
+    instance = draw(family, seed, count)
+    tasks = len(instance.solution)
+    inner = _like(instance.away(torch.full((tasks,), 1e-3, dtype=torch.float64)), instance)
+    table = {"plain": {}, "estimate": {"error_estimate": True}, "corrected": {"correct": True}}
+    return {
+        name: hypergradient(
+            instance.problem,
+            instance.outer,
+            instance.tasks,
+            inner_solver=None,
+            inner=inner,
+            method=ImplicitCG(max_steps=1000, rtol=1e-5, **options),
+        ).diagnostics.counts["products"]
+        / tasks
+        for name, options in table.items()
+    }
+
+
 def exponents(inner_error: Tensor, errors: Tensor, floor: float = 1e-11) -> Tensor:
     """Slope of each task's error against the inner error, both logarithmic, above the floor."""
     x = inner_error.log10()
@@ -171,6 +219,25 @@ def main() -> None:
                     round(slope.median().item(), 3),
                 )
             )
+    for family in FAMILIES:
+        spent = cost(family)
+        print(
+            f"{family:10} products per task: "
+            + ", ".join(f"{name} {value:.1f}" for name, value in spent.items())
+        )
+        rows += [
+            Row({"family": family, "hypergradient": name}, "products_per_task", round(value, 1))
+            for name, value in spent.items()
+        ]
+    for name, ratio in certificates().items():
+        print(
+            f"{name:10} certified bound / true error: median {ratio.median():.3g}, "
+            f"smallest {ratio.min():.3g}"
+        )
+        rows += [
+            Row({"problem": name}, "bound_over_truth_median", round(ratio.median().item(), 1)),
+            Row({"problem": name}, "bound_over_truth_smallest", round(ratio.min().item(), 1)),
+        ]
     path = write_results(args.out, "error-estimate", sys.argv, rows, seeds=[0])
     plot(samples, corrections, path.with_suffix(".png"))
     print(f"written: {path} and {path.with_suffix('.png')}")

@@ -17,11 +17,22 @@ EQUATION = re.compile(
     r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<latex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL
 )
 
+DIRECTIVE = re.compile(r"\{\{ (?P<kind>value|source|picture) (?P<name>[\w-]+)(?P<rest>[^}]*) \}\}")
+
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Append the tables of `benchmarks/results/*.json` to the results page."""
+    """Fill in what the benchmarks found: values and pictures, and all tables of the results page.
+
+    ``{{ value NAME METRIC [KEY=TEXT ...] [as FORMAT] }}`` becomes one number of a results file,
+    ``{{ source NAME }}`` its command, commit and machine, ``{{ picture NAME TEXT }}`` its picture
+    with that text as description.
+
+    Raises:
+        ValueError: A directive names no number, or several.
+    """
+    markdown = DIRECTIVE.sub(lambda match: _filled(match, page), markdown)
     if page.file.src_uri != "results.md":
         return markdown
     files = sorted(RESULTS.glob("*.json"))
@@ -38,12 +49,40 @@ def on_post_build(config: Any, **_: Any) -> None:
         shutil.copyfile(picture, target)
 
 
+def _filled(match: re.Match[str], page: Any) -> str:
+    kind, name, rest = match["kind"], match["name"], match["rest"].strip()
+    result = json.loads((RESULTS / f"{name}.json").read_text())
+    if kind == "source":
+        return _source(result)
+    if kind == "picture":
+        up = "../" * page.url.count("/")
+        return f'<img src="{up}results/{name}.png" alt="{html.escape(rest)}">'
+    wanted, _, form = rest.partition(" as ")
+    metric, *pairs = wanted.split(" ")
+    settings = dict(pair.split("=", 1) for pair in pairs)
+    rows = [
+        row
+        for row in result["rows"]
+        if row["metric"] == metric
+        and all(str(row["setting"].get(key)) == text for key, text in settings.items())
+    ]
+    if len(rows) != 1:
+        raise ValueError(f"{page.file.src_uri}: {match[0]} stands for {len(rows)} numbers")
+    return format(rows[0]["value"], form or ",.4g")
+
+
+def _source(result: dict[str, Any]) -> str:
+    return (
+        f"`{result['command']}`, commit {result['commit']}, {result['date']}, {result['machine']}, "
+        f"device {result['device']}, seeds {', '.join(map(str, result['seeds']))}."
+    )
+
+
 def _section(result: dict[str, Any]) -> str:
     settings = list(dict.fromkeys(key for row in result["rows"] for key in row["setting"]))
     lines = [
         f"\n## {result['name']}\n",
-        f"`{result['command']}`, commit {result['commit']}, {result['date']}, {result['machine']}, "
-        f"device {result['device']}, seeds {', '.join(map(str, result['seeds']))}.\n",
+        _source(result) + "\n",
         "| " + " | ".join([*settings, "metric", "value", "reference"]) + " |",
         "|" + "---|" * (len(settings) + 3),
     ]
