@@ -176,7 +176,7 @@ def check_hypergradient(
     result = hypergradient(problem, outer, task, inner_solver=inner_solver, method=method)
     seconds = time.perf_counter() - started
     variable = Outer.of(outer)
-    tasks, points = _tasks_and_points(task, result.inner)
+    tasks, points = tasks_and_points(task, result.inner)
     sizes = [sum(leaf.numel() for leaf in tree_leaves(point)) for point in points]
     if max(sizes) > max_n:
         raise ValueError(
@@ -186,7 +186,7 @@ def check_hypergradient(
     usable = [i for i, status in enumerate(result.status) if status.usable]
     exact = to_float64(outer)
     starts = [to_float64(point) for point in points]
-    references = {i: _reference(problem, exact, tasks[i], starts[i]) for i in usable}
+    references = {i: float64_reference(problem, exact, tasks[i], starts[i]) for i in usable}
     total = sum(tasks[i].weight for i in usable)
     shares = {i: tasks[i].weight / total for i in usable}
     dense = [
@@ -277,7 +277,10 @@ def assert_hypergradient(
     return check
 
 
-def _reference(problem: BilevelProblem, outer: PyTree, task: Task, start: PyTree) -> DenseReference:
+def float64_reference(
+    problem: BilevelProblem, outer: PyTree, task: Task, start: PyTree
+) -> DenseReference:
+    """The dense reference of one task; says so where the problem is bound to another dtype."""
     try:
         return dense_hypergradient(problem, outer, task, start)
     except RuntimeError as error:
@@ -290,9 +293,10 @@ def _reference(problem: BilevelProblem, outer: PyTree, task: Task, start: PyTree
         ) from error
 
 
-def _tasks_and_points(
+def tasks_and_points(
     task: Task | TaskBatch | Sequence[Task] | None, inner: PyTree
 ) -> tuple[list[Task], list[PyTree]]:
+    """The tasks one by one, each with its part of a result's ``inner``."""
     if task is None:
         return [Task()], [inner]
     if isinstance(task, Task):

@@ -357,12 +357,13 @@ def _check_dependence(
         "add a regularizer, Proximal(strength), whose center is `outer`, or use Unrolled or "
         "FirstOrder, which differentiate through `initial_inner`"
         if implicit
-        else "use `outer` in `inner_objective` or `outer_objective`"
+        else "use `outer` in an objective; implicit methods and Unrolled see a use in "
+        "`inner_objective` too, so take ImplicitCG where that is the only one"
     )
     if len(unused) == len(outer.names):
         raise DependenceError(
-            "neither the inner solution nor the outer objective depends on `outer`, so the "
-            f"hypergradient is zero everywhere: {cure}"
+            f"{type(method).__name__} finds that neither the inner solution nor the outer objective "
+            f"depends on `outer`, so that its hypergradient is zero everywhere: {cure}"
         )
     if constant:
         warnings.warn(

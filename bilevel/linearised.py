@@ -15,11 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .errors import RandomnessError
 from .flat import FlatProblem
 from .gauss_newton import gauss_newton
 from .operator import Operator
 from .problem import Structure
 from .rows import column, full_precision
+from .stacking import randomness_message
 
 __all__ = ["LinearisedSystem", "linearise"]
 
@@ -113,7 +115,10 @@ def linearise(flat: FlatProblem, z: Tensor) -> LinearisedSystem:
     z = z.detach().requires_grad_()
     with torch.enable_grad(), full_precision(z.device):
         inner_value, stationarity = flat.value_and_gradient(z)
+        before = torch.get_rng_state()
         outer_value = flat.outer_value(z)
+        if not before.equal(torch.get_rng_state()):
+            raise RandomnessError(randomness_message("outer_objective"))
         rhs = gradient_of_outer(outer_value, z)
     return LinearisedSystem(flat, z, stationarity, inner_value, outer_value, rhs)
 

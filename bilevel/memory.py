@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -30,7 +32,8 @@ def peak_bytes(function: Callable[[], Any], device: torch.device | str = "cpu") 
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+    profiler = torch.profiler.profile(activities=activities, profile_memory=True)
+    with _quiet(), profiler as profile:
         result = function()
     del result
     assert profile.profiler is not None
@@ -42,3 +45,17 @@ def peak_bytes(function: Callable[[], Any], device: torch.device | str = "cpu") 
         live += event.nbytes()
         peak = max(peak, live)
     return peak
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the profiler of torch 2.13 from writing to stderr; it reads its level on first use."""
+    name = "KINETO_LOG_LEVEL"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "6"
+    try:
+        yield
+    finally:
+        del os.environ[name]

@@ -15,8 +15,10 @@ from .flat import FlatProblem
 from .inner_solver import InnerReport, InnerSolver, given_solution
 from .linear_solver import LinearSolution, LinearSolver, relative_residual, with_tolerance
 from .linearised import linearise
+from .minimum import check_symmetry, flag_bent, flag_curvature
 from .operator import Operator, SecantPairs
 from .point import ErrorEstimate, Point, corrected, estimate_error
+from .problem import Structure
 from .status import Status, residual_status, worst
 
 __all__ = ["Estimate", "HypergradientMethod", "ImplicitMethod", "Start"]
@@ -136,6 +138,8 @@ class ImplicitMethod(HypergradientMethod):
             task.
         correct: Take one Newton step in the inner variable first, which squares the inner error;
             costs one further solve and one gradient of either objective.
+        check_minimum: Look for negative curvature with 8 more products, from a random vector: this
+            sees a saddle that ∂_z f happens to be orthogonal to, which no solve can see.
         error_bound: Certify the error of each task's hypergradient from the constants that the
             problem declares (`BilevelProblem.smoothness`); no further solve.
     """
@@ -143,6 +147,7 @@ class ImplicitMethod(HypergradientMethod):
     damping: float = field(default=0.0, kw_only=True)
     error_estimate: bool = field(default=False, kw_only=True)
     correct: bool = field(default=False, kw_only=True)
+    check_minimum: bool = field(default=False, kw_only=True)
     error_bound: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -200,12 +205,18 @@ class ImplicitMethod(HypergradientMethod):
             # An error for each task needs a gradient for each task.
             flat = flat.expanded() if shared else flat
         system = linearise(flat, z)
+        problem = flat.problem
+        if problem.is_equilibrium and problem.structure is not Structure.GENERAL:
+            check_symmetry(system)
         learned = None if carry is None or inner_solver is None else inner_solver.pairs(carry)
         operator = replace(system.operator, inner_pairs=learned, recycled_pairs=start.pairs)
         if self.correct:
             system = corrected(system, operator, self._linear_solver())
             operator = replace(system.operator, inner_pairs=learned, recycled_pairs=start.pairs)
         adjoint = self.solve(operator, system.rhs, start.adjoint)
+        if not problem.is_equilibrium:
+            adjoint = flag_curvature(operator, adjoint)
+            adjoint = flag_bent(operator, adjoint) if self.check_minimum else adjoint
         summed = shared and flat.outer.per_task
         point = Point.of(system, operator, adjoint, torch.ones_like(weights) if summed else weights)
         residual = point.residual

@@ -21,6 +21,7 @@ from torch import Tensor
 from .flat import FlatProblem
 from .linear_solver import LinearSolution, LinearSolver
 from .linearised import LinearisedSystem, linearise, weighted
+from .minimum import bent
 from .operator import Operator
 from .rows import norm
 from .status import Status, worst
@@ -116,7 +117,8 @@ def corrected(
     z, step = newton_step(system, operator, solver)
     ahead = linearise(system.flat, z)
     before, after = (norm(one.stationarity.detach()) for one in (system, ahead))
-    good = (after <= before) & (step.status < Status.INDEFINITE)
+    turned = _turned(system, ahead, step)
+    good = (after <= before) & (step.status < Status.INDEFINITE) & (turned <= before)
     if bool(good.all()):
         return ahead
     return linearise(system.flat, torch.where(good.unsqueeze(-1), z, system.z.detach()))
@@ -147,13 +149,24 @@ def estimate_error(point: Point, solver: LinearSolver) -> ErrorEstimate:
     total, inner, linear = (leaves_norm(leaves, system.flat) / size for leaves in parts)
     # Where a Newton step that matters does not contract, z is too far from a solution to tell.
     matters = norm(step.value) > torch.finfo(z.dtype).eps ** 0.5 * norm(point.z)
-    lost = matters & (better.residual > _CONTRACTION * point.residual)
+    left = torch.maximum(better.residual, _turned(system, ahead, step))
+    lost = matters & (left > _CONTRACTION * point.residual)
+    if not system.flat.problem.is_equilibrium:
+        lost = lost | bent(ahead.operator, z)
     solves = (step, own, moved)
     status = worst(*(one.status for one in solves))
     unfinished = torch.stack([one.residual for one in solves]).amax(0)
     lost = lost | (status > Status.MAX_STEPS) | ~(unfinished <= _UNFINISHED) | total.isnan()
     total, inner, linear = (torch.where(lost, float("inf"), x) for x in (total, inner, linear))
     return ErrorEstimate(total, inner, linear, point.norm, status)
+
+
+def _turned(system: LinearisedSystem, ahead: LinearisedSystem, step: LinearSolution) -> Tensor:
+    """‖∂_z F₊ s − F‖ for each task: how far the Jacobian changes along the Newton step s.
+
+    Where it vanishes together with F, as in a flat valley, F alone would seem to contract.
+    """
+    return norm(ahead.operator.T(step.value) - system.stationarity.detach())
 
 
 def leaves_norm(leaves: Sequence[Tensor | None], flat: FlatProblem) -> Tensor:

@@ -74,6 +74,7 @@ def _evaluate(
                     f"{flat.device}; move the tasks with `task.to(device)`"
                 )
     versions = {key: tensor._version for key, tensor in arguments.items()}
+    before = {key: tensor.detach().clone() for key, tensor in arguments.items()}
     random_state = _random_state(flat.device)
     try:
         # The math kernel here, whatever is called: fused attention would be refused by vmap.
@@ -89,7 +90,11 @@ def _evaluate(
         if mismatch and _speaks_of_place(error):
             raise ObjectiveError(f"`{name}` failed: {_first_line(error)}: {mismatch}") from error
         raise
-    changed = [key for key, tensor in arguments.items() if tensor._version != versions[key]]
+    changed = [
+        key
+        for key, tensor in arguments.items()
+        if tensor._version != versions[key] or not _same(tensor, before[key])
+    ]
     if changed:
         raise InPlaceError(
             f"`{name}` changed {', '.join(changed)} in place; write to a copy: `.clone()` it first"
@@ -99,6 +104,13 @@ def _evaluate(
     value = _checked(flat, name, result, arguments)
     nodes = list(_nodes(value))
     _check_captured(value, allowed, name, flat)
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        again = _checked(flat, name, flat._call(name, z, batch), arguments)
+    if not (_same(again, value) and _same(_slope(again, z), _slope(value, z))):
+        raise RandomnessError(
+            f"`{name}` returned another value for the same arguments: it draws random numbers, or "
+            "depends on what it was called for before; pass all that it depends on in the batch"
+        )
     names = {type(node).__name__ for node in nodes}
     if seen.attention:
         flat.stacking.attention.add(name)
@@ -193,6 +205,20 @@ def _nodes(value: Tensor | None) -> Iterator[Any]:
         seen.add(node)
         yield node
         stack.extend(parent for parent, _ in node.next_functions)
+
+
+def _slope(value: Tensor, z: Tensor) -> Tensor:
+    if not value.requires_grad:
+        return torch.zeros_like(z)
+    with torch.enable_grad():
+        (slope,) = torch.autograd.grad(
+            value.sum(), z, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+    return slope
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return bool(torch.isclose(a.detach(), b, rtol=1e-3, atol=0.0, equal_nan=True).all())
 
 
 def _signature(flat: FlatProblem) -> Any:

@@ -13,6 +13,8 @@ __all__ = ["column", "dot", "full_precision", "norm"]
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """⟨a, b⟩ for each row, float64 ``[tasks]``."""
+    if a.dtype.itemsize < 4:
+        a, b = a.float(), b.float()  # the squares of half numbers leave their range
     return (a * b).sum(-1, dtype=torch.float64)
 
 

@@ -86,7 +86,9 @@ def test_data_that_requires_grad_is_noticed_at_every_call():
     settings = {"inner_solver": GradientDescent(lr=0.3, max_steps=200), "method": DenseExact()}
     weights = torch.ones(3, dtype=F64)
     argmin(problem, X, Task(weights), **settings)
-    with pytest.raises(DependenceError, match="requires grad but was not passed in `outer`"):
+    with pytest.raises(
+        DependenceError, match="`inner_batch` of the task requires grad.*pass it in `outer`"
+    ):
         argmin(problem, X, Task(weights.clone().requires_grad_()), **settings)
 
 

@@ -9,7 +9,7 @@ from typer.core import TyperGroup
 
 from bilevel import BilevelError, __version__
 
-from . import check, listing, train
+from . import check, compare, doctor, listing, train
 
 __all__ = ["app"]
 
@@ -66,3 +66,5 @@ def _bilevel(
 app.add_typer(train.app, name="train")
 app.command("list")(listing.list_registered)
 app.command("check")(check.check)
+app.command("doctor")(doctor.doctor)
+app.command("compare")(compare.compare)

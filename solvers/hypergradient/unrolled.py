@@ -63,6 +63,12 @@ class Unrolled(HypergradientMethod):
             carry = self.unroll(graph, inner_solver)
             outer_value = graph.outer_value(carry.z)
         z = carry.z.detach()
+        if outer_value.requires_grad:
+            # The backward pass takes about one product for each step differentiated.
+            steps = int(carry.steps.max())
+            if self.truncate is not None:
+                steps = min(steps, self.truncate)
+            flat.counts["products"] += steps * flat.count
         inner_value, gradient = flat.value_and_gradient(z)
         assert inner_solver is not None
         inner = inner_solver.report(
@@ -79,8 +85,8 @@ class Unrolled(HypergradientMethod):
     def unroll(self, graph: FlatProblem, inner_solver: InnerSolver | None) -> Carry:
         """Run the inner solver and keep the graph of the steps to differentiate.
 
-        Steps that stop once the point is good enough are good enough for the derivative too only if
-        both began equally far away. So a constant start, and truncation, take all their steps.
+        All steps are taken, whatever the tolerance: a point that is good enough, such as one that
+        began at the solution, says nothing of the derivative, which begins anew.
 
         Raises:
             StructureError: There is no inner solver to differentiate.
@@ -95,7 +101,6 @@ class Unrolled(HypergradientMethod):
         total = inner_solver.max_steps
         first = 0 if self.truncate is None else max(0, total - self.truncate)
         z = graph.initial()
-        stop = not (first or graph.start_is_constant)
         if first:
             plain = graph.with_outer(graph.outer.detached(), differentiable=False)
             with torch.no_grad():
@@ -104,21 +109,19 @@ class Unrolled(HypergradientMethod):
         else:
             carry = inner_solver.begin(graph, z)
         if not self.checkpoint:
-            return inner_solver.advance(graph, carry, first, total, stop=stop)
+            return inner_solver.advance(graph, carry, first, total, stop=False)
         length = self.checkpoint
         if length is True:
             length = max(1, math.isqrt(total - first))
         for left in range(first, total, length):
             last = min(left + length, total)
-            carry = _segment(graph, inner_solver, carry, left, last, stop=stop)
+            carry = _segment(graph, inner_solver, carry, left, last)
         return carry
 
 
-def _segment(
-    graph: FlatProblem, solver: InnerSolver, carry: Carry, first: int, last: int, *, stop: bool
-) -> Carry:
+def _segment(graph: FlatProblem, solver: InnerSolver, carry: Carry, first: int, last: int) -> Carry:
     tensors, spec = tree_flatten([carry.z, carry.state, carry.active, carry.steps])
-    work = _Work(graph, solver, spec, range(first, last), stop, len(tensors))
+    work = _Work(graph, solver, spec, range(first, last), len(tensors))
     out = _Segment.apply(work, *tensors, *graph.outer.leaves)
     return Carry(*tree_unflatten(out, work.out_spec))
 
@@ -132,11 +135,10 @@ class _Work:
         solver: InnerSolver,
         spec: Any,
         steps: range,
-        stop: bool,
         count: int,
     ) -> None:
         self.graph, self.solver, self.spec = graph, solver, spec
-        self.steps, self.stop, self.count = steps, stop, count
+        self.steps, self.count = steps, count
         self.out_spec: Any = None
 
     def __call__(self, tensors: tuple[Tensor, ...], *, differentiable: bool) -> tuple[Tensor, ...]:
@@ -144,7 +146,7 @@ class _Work:
         outer = self.graph.outer.with_leaves(tensors[self.count :])
         graph = self.graph.with_outer(outer, differentiable=differentiable)
         first, last = self.steps.start, self.steps.stop
-        carry = self.solver.advance(graph, carry, first, last, stop=self.stop)
+        carry = self.solver.advance(graph, carry, first, last, stop=False)
         out, self.out_spec = tree_flatten([carry.z, carry.state, carry.active, carry.steps])
         return tuple(out)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from bilevel.linear_solver import LinearSolution
 from bilevel.operator import MatVec, Operator
 from bilevel.preconditioner import Preconditioner
-from bilevel.rows import check_interval, dot
+from bilevel.rows import check_interval, dot, norm
 from bilevel.status import Status, residual_status
 
 __all__ = ["Progress", "check_settings", "choose", "prepare", "solve_in_cycles"]
@@ -120,7 +120,8 @@ def solve_in_cycles(
         rhs: b, of norm 1 or 0.
         start: First iterate; None: zero.
         max_steps: The most steps of a task.
-        rtol: Tolerance in ‖b − A v‖; 0 asks for the steps only, and believes the recurrence.
+        rtol: Tolerance in ‖b − A v‖; 0 asks for the steps only, and believes a recurrence that
+            began at zero and claims nothing.
     """
     x = torch.zeros_like(rhs) if start is None else start
     r = rhs if start is None else rhs - operator(x)
@@ -145,6 +146,9 @@ def solve_in_cycles(
         last = residual
         if not bool(progress.active.any()):
             break
+    if rtol == 0.0 and (start is not None or bool((residual <= target).any())):
+        # A recurrence that started elsewhere, or that claims to be at rounding, is not believed.
+        residual = norm(rhs - operator(progress.x))
     status = residual_status(residual, torch.full_like(residual, target), asked=rtol > 0.0)
     open_ = status != Status.CONVERGED
     status = torch.where(progress.indefinite & open_, int(Status.INDEFINITE), status)

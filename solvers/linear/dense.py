@@ -65,7 +65,9 @@ class Dense(LinearSolver):
         eigenvalues = torch.linalg.eigvalsh(safe)
         low, high = eigenvalues[:, 0], eigenvalues[:, -1]
         unknown = ~(symmetric & finite)
-        indefinite = ~unknown & (low <= 0)
+        # The products are rounded: an eigenvalue within that of zero may have either sign.
+        rounding = torch.finfo(rhs.dtype).eps * n**0.5 * torch.maximum(high.abs(), low.abs())
+        indefinite = ~unknown & (low <= rounding)
         status = torch.where(indefinite, int(Status.INDEFINITE), status)
         zero = norm(rhs) == 0
         broken = (singular != 0) & ~zero

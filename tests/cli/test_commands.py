@@ -18,7 +18,7 @@ def test_version(invoke):
 def test_help_names_the_commands(invoke):
     done = invoke("--help")
     assert done.exit_code == 0
-    assert all(name in done.output for name in ("train", "list", "check"))
+    assert all(name in done.output for name in ("train", "list", "check", "compare"))
 
 
 def test_list_shows_all_that_is_registered(invoke):

@@ -131,9 +131,10 @@ def test_cg_refuses_what_is_not_declared_symmetric(method):
         hypergradient(problem, randn(2), inner_solver=GradientDescent(0.5, 3), method=method)
 
 
-def test_a_declared_structure_is_believed():
+def test_a_declared_structure_is_checked():
     _, problem = equilibrium(Structure.SYMMETRIC)
-    hypergradient(problem, randn(2), inner_solver=GradientDescent(0.5, 3), method=ImplicitCG())
+    with pytest.raises(StructureError, match=r"promises.*SYMMETRIC.*not symmetric.*GENERAL"):
+        hypergradient(problem, randn(2), inner_solver=GradientDescent(0.5, 3), method=ImplicitCG())
 
 
 @pytest.mark.parametrize("steps", [1, 3])

@@ -77,24 +77,25 @@ def test_truncation_on_a_quadratic_is_the_truncated_neumann_series(k):
 
 
 @pytest.mark.parametrize("checkpoint", [None, 4])
-def test_tasks_that_stopped_early_are_differentiated_to_their_own_stop(checkpoint):
-    tasks = [quadratic_task(3, condition=c, seed=i) for i, c in enumerate([1.2, 20.0])]
-    x = randn(3)
-    solver = GradientDescent(0.9, max_steps=60, tol=1e-2)
-    both = hypergradient(
-        quadratic(),
-        x,
-        tasks,
-        inner_solver=solver,
-        method=Unrolled(checkpoint=checkpoint),
-        reduction="none",
-    )
-    steps = both.diagnostics.inner.steps.tolist()
-    assert steps[0] < steps[1]
-    for i, task in enumerate(tasks):
-        plain = GradientDescent(0.9, max_steps=steps[i])
-        alone = hypergradient(quadratic(), x, task, inner_solver=plain, method=Unrolled())
-        torch.testing.assert_close(both.gradient[i], alone.gradient, rtol=1e-10, atol=1e-12)
+def test_a_tolerance_judges_and_does_not_stop(checkpoint):
+    """A start at the solution meets any tolerance; its derivative is that of all steps."""
+    task, x = quadratic_task(3, condition=1.2), randn(3)
+    z = torch.linalg.solve(task.inner_batch["A"], task.inner_batch["B"] @ x)
+    results = [
+        hypergradient(
+            quadratic(),
+            x,
+            task,
+            inner_solver=GradientDescent(0.9, max_steps=60, tol=tol),
+            method=Unrolled(checkpoint=checkpoint),
+            inner=z,
+        )
+        for tol in (1e-2, None)
+    ]
+    assert results[0].status == (Status.CONVERGED,)
+    assert results[0].diagnostics.inner.steps.tolist() == [60]
+    assert results[0].gradient.equal(results[1].gradient)
+    torch.testing.assert_close(results[0].gradient, quadratic_answer(task, x), rtol=1e-9, atol=0)
 
 
 def saved_elements(method, steps):
