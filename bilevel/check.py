@@ -64,6 +64,7 @@ class HypergradientCheck:
         inner_error: Largest ‖z − z*‖ / ‖z*‖ over tasks.
         reference_residual: Largest relative residual of the reference's inner solution.
         eigenvalues: Smallest and largest eigenvalue of the inner Hessian over tasks.
+        is_equilibrium: The inner problem is no minimisation, so that any eigenvalue will do.
         seconds: Wall-clock time of the method.
         counts: Gradients, products and values the method took, summed over tasks.
         advice: Sentences: what is wrong and what to change.
@@ -80,6 +81,7 @@ class HypergradientCheck:
     inner_error: float
     reference_residual: float
     eigenvalues: tuple[float, float]
+    is_equilibrium: bool
     seconds: float
     counts: dict[str, int]
     advice: tuple[str, ...]
@@ -87,8 +89,13 @@ class HypergradientCheck:
 
     @property
     def ok(self) -> bool:
-        """The method agrees with dense algebra, and dense algebra with finite differences."""
-        return self.error <= self.rtol and self.reference_ok
+        """The method agrees with dense algebra at a minimum, and that with finite differences."""
+        return self.error <= self.rtol and self.reference_ok and self.minimum_ok
+
+    @property
+    def minimum_ok(self) -> bool:
+        """The inner point can be a minimum: no eigenvalue of its Hessian is negative or zero."""
+        return self.is_equilibrium or self.eigenvalues[0] > 0
 
     @property
     def reference_ok(self) -> bool:
@@ -227,6 +234,7 @@ def check_hypergradient(
         status=result.status,
         inner_error=inner_error,
         reference_residual=max(references[i].residual for i in usable),
+        is_equilibrium=problem.is_equilibrium,
         eigenvalues=(min(low for low, _ in spectrum), max(high for _, high in spectrum)),
         seconds=seconds,
         counts=result.diagnostics.counts,
@@ -366,10 +374,10 @@ def _with_advice(check: HypergradientCheck) -> HypergradientCheck:
     bad = [s for s in check.status if not s.ok]
     if bad:
         advice.append(describe_status(check.status))
-    if low <= 0:
+    if low <= 0 and not check.is_equilibrium:
         advice.append(
-            f"the inner Hessian has eigenvalue {low:.1e}: raise the proximal strength above "
-            f"{-low:.1e} more, or solve the inner problem to a minimum"
+            f"the inner Hessian has eigenvalue {low:.1e}, so the inner point is no minimum: raise "
+            f"the proximal strength above {-low:.1e} more, or solve the inner problem to a minimum"
         )
     if check.inner_error > check.rtol:
         advice.append(

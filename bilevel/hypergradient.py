@@ -25,6 +25,8 @@ from .task import Task, TaskBatch, group_by_shape
 
 __all__ = ["hypergradient"]
 
+_FAR = 0.05
+
 
 def hypergradient(
     problem: BilevelProblem,
@@ -84,6 +86,32 @@ def hypergradient(
         >>> result.ok
         True
     """
+    result = compute(
+        problem,
+        outer,
+        task,
+        inner_solver=inner_solver,
+        method=method,
+        inner=inner,
+        state=state,
+        reduction=reduction,
+    )
+    _warn_if_far(result)
+    return result
+
+
+def compute(
+    problem: BilevelProblem,
+    outer: PyTree,
+    task: Task | TaskBatch | Sequence[Task] | None = None,
+    *,
+    inner_solver: InnerSolver | None,
+    method: HypergradientMethod,
+    inner: PyTree = None,
+    state: State | None = None,
+    reduction: Literal["mean", "none"] = "mean",
+) -> Hypergradient:
+    """`hypergradient` for callers that choose the tolerance of the inner solver themselves."""
     if reduction not in ("mean", "none"):
         raise ValueError(f"`reduction` is {reduction!r}; pass 'mean' or 'none'")
     check_problem(problem, inner_solver, method, inner)
@@ -315,6 +343,8 @@ def _assemble(
             counts=counts,
             unused=unused,
             failed=failed,
+            inner_distance=_all_of([part.estimate.distance for part in parts], in_order),
+            derivative_residual=_all_of([part.estimate.derivative for part in parts], in_order),
             **_accuracy(parts, in_order),
         ),
         _spec=outer.spec,
@@ -362,15 +392,15 @@ def _check_dependence(
     )
     if len(unused) == len(outer.names):
         raise DependenceError(
-            f"{type(method).__name__} finds that neither the inner solution nor the outer objective "
-            f"depends on `outer`, so that its hypergradient is zero everywhere: {cure}"
+            f"{type(method).__name__} finds that neither the inner solution nor the outer "
+            f"objective depends on `outer`, so that its hypergradient is zero everywhere: {cure}"
         )
     if constant:
         warnings.warn(
             "the inner problem does not depend on `outer`: its solution is constant, and the "
             f"hypergradient is ∂f/∂outer alone: {cure}",
             BilevelWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     if unused:
         warnings.warn(
@@ -379,9 +409,16 @@ def _check_dependence(
             "in an objective, or leave it out of `outer`"
             + ("" if implicit else "; an implicit method sees every use in the inner problem"),
             BilevelWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     return unused
+
+
+def _all_of(
+    tensors: Sequence[Tensor | None], in_order: Callable[[Sequence[Tensor]], Tensor]
+) -> Tensor | None:
+    given = [one for one in tensors if one is not None]
+    return in_order(given) if len(given) == len(tensors) else None
 
 
 def _accuracy(parts: list[_Part], in_order: Callable[[Sequence[Tensor]], Tensor]) -> Any:
@@ -400,6 +437,24 @@ def _accuracy(parts: list[_Part], in_order: Callable[[Sequence[Tensor]], Tensor]
     if certified:
         out["error_bound"] = in_order(certified)
     return out
+
+
+def _warn_if_far(result: Hypergradient) -> None:
+    """A tolerance in ‖∂_z G‖ has the objective's units: a small enough objective meets any."""
+    distance = result.diagnostics.inner_distance
+    if distance is None:
+        return
+    converged = [s is Status.CONVERGED for s in result.diagnostics.inner.status]
+    far = (distance.cpu() > _FAR) & torch.tensor(converged)
+    if bool(far.any()):
+        warnings.warn(
+            f"tasks {far.nonzero().flatten().tolist()[:8]} are within the inner solver's `tol`, "
+            "but by the curvature that was met their inner solution is still about "
+            f"{distance.cpu()[far].max().item():.0%} of its size away: lower `tol`, which is "
+            "absolute, or scale the inner objective up",
+            BilevelWarning,
+            stacklevel=3,
+        )
 
 
 def _report(

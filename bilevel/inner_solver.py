@@ -140,6 +140,10 @@ class InnerSolver(ABC):
         status = torch.where(finite, status, int(Status.NON_FINITE)).to(torch.int8)
         return InnerReport(status, residual, carry.steps)
 
+    def toward(self, tol: float | None) -> InnerSolver:
+        """The same solver with another tolerance."""
+        return replace(self, tol=tol)  # type: ignore[type-var]  # each subclass is a dataclass
+
     def pairs(self, carry: Carry) -> SecantPairs | None:
         """What the solver learned of the inner Hessian; None where it learns nothing."""
         return None

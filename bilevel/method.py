@@ -15,7 +15,7 @@ from .flat import FlatProblem
 from .inner_solver import InnerReport, InnerSolver, given_solution
 from .linear_solver import LinearSolution, LinearSolver, relative_residual, with_tolerance
 from .linearised import linearise
-from .minimum import check_symmetry, flag_bent, flag_curvature
+from .minimum import check_symmetry, distance, flag_bent, flag_curvature
 from .operator import Operator, SecantPairs
 from .point import ErrorEstimate, Point, corrected, estimate_error
 from .problem import Structure
@@ -61,6 +61,10 @@ class Estimate:
         linear: How the adjoint solve ended, with the adjoint; None for methods without one.
         inner_depends: Whether the inner solution was found to depend on the outer variable.
         has_inner_value: False for an equilibrium, whose ``inner_value`` is NaN.
+        derivative: How much of ∂_z f is left where differentiation begins ``[tasks]``; None for
+            methods that do not unroll.
+        distance: How far the inner solution is at least, relative to its size ``[tasks]``; None
+            where no curvature was met.
         error: The estimate of the error, where it was asked for.
         bound: The certified relative error ``[tasks]``, where it was asked for.
     """
@@ -73,6 +77,8 @@ class Estimate:
     linear: LinearSolution | None = None
     inner_depends: bool = True
     has_inner_value: bool = True
+    derivative: Tensor | None = None
+    distance: Tensor | None = None
     error: ErrorEstimate | None = None
     bound: Tensor | None = None
 
@@ -239,6 +245,9 @@ class ImplicitMethod(HypergradientMethod):
             inner,
             adjoint,
             any(leaf is not None for leaf in point.cross),
+            distance=None
+            if problem.is_equilibrium
+            else distance(point.z, residual, adjoint, flat.start),
             error=estimate_error(point, self._linear_solver()) if self.error_estimate else None,
             bound=certified_bound(point) if self.error_bound else None,
         )

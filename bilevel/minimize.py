@@ -25,7 +25,7 @@ from torch import Tensor
 from .accuracy import AccuracyPolicy, ErrorDrivenAccuracy, Tolerances
 from .errors import ObjectiveError, SolveError
 from .flat import FlatProblem, Outer
-from .hypergradient import Group, check_problem, group, hypergradient
+from .hypergradient import Group, check_problem, compute, group
 from .inner_solver import InnerSolver
 from .method import ImplicitMethod
 from .problem import BilevelProblem
@@ -272,11 +272,11 @@ class _Run:
             method = replace(
                 self.method.toward(tolerances.linear, _BUDGET), error_estimate=control.estimate
             )
-            result = hypergradient(
+            result = compute(
                 self.problem,
                 self._outer(x).tree,
                 self.task,
-                inner_solver=replace(self.inner_solver, tol=tolerances.inner),
+                inner_solver=self.inner_solver.toward(tolerances.inner),
                 method=method,
                 state=state,
             )
@@ -292,7 +292,7 @@ class _Run:
 
     def _value(self, x: Tensor, tolerances: Tolerances, state: State, *, solve: bool) -> _Value:
         """The corrected outer objective; ``state`` holds where to start and the adjoint."""
-        solver = replace(self.inner_solver, tol=tolerances.inner)
+        solver = self.inner_solver.toward(tolerances.inner)
         values, weights, points, ok = [], [], [], True
         for i, one in enumerate(self._groups):
             flat = FlatProblem.of(self.problem, self._outer(x), one.tasks, one.inner)

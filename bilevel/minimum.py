@@ -19,7 +19,7 @@ from .rows import column, dot, norm
 from .spectrum import extreme_eigenvalues
 from .status import Status
 
-__all__ = ["bent", "check_symmetry", "flag_curvature"]
+__all__ = ["bent", "check_symmetry", "distance", "flag_bent", "flag_curvature"]
 
 _LANCZOS_STEPS = 8
 
@@ -46,7 +46,8 @@ def bent(operator: Operator, like: Tensor) -> Tensor:
     8 products.
     """
     low, high = extreme_eigenvalues(operator, like, _LANCZOS_STEPS).unbind(-1)
-    return low < -(torch.finfo(like.dtype).eps ** 0.5) * torch.maximum(low.abs(), high.abs())
+    noise: float = torch.finfo(like.dtype).eps ** 0.5
+    return low < -noise * torch.maximum(low.abs(), high.abs())
 
 
 def flag_bent(operator: Operator, found: LinearSolution) -> LinearSolution:
@@ -70,6 +71,15 @@ def check_symmetry(system: LinearisedSystem) -> None:
             "is not symmetric; declare `structure = Structure.GENERAL`, and use DenseExact(), or "
             "Implicit with GMRES() or BiCGStab()"
         )
+
+
+def distance(z: Tensor, residual: Tensor, adjoint: LinearSolution, start: Tensor) -> Tensor:
+    """‖F‖ / L over the inner variable's size: at least so far is the solution, ``[tasks]``.
+
+    L is the largest curvature that the solve of the adjoint has met. NaN where it met none.
+    """
+    size = torch.maximum(norm(z), norm(start))
+    return residual / adjoint.curvature_max.abs() / torch.where(size > 0, size, 1.0)
 
 
 def _indefinite(found: LinearSolution, negative: Tensor) -> LinearSolution:

@@ -57,6 +57,13 @@ class Diagnostics:
             ``products``, objective ``values``.
         unused: Names of outer leaves on which nothing depends; their gradient is zero.
         failed: Positions of tasks that were left out of the mean.
+        inner_distance: ‖∂_z G‖ / L over the size of the inner variable, ``[tasks]``, with L the
+            largest curvature met: the inner solution is at least about so far. NaN where no
+            curvature was met, None for methods that meet none.
+        derivative_residual: Unrolled only: ‖(∂z_T/∂z_0)ᵀ ∂_z f‖ / ‖∂_z f‖ over the steps that were
+            differentiated, ``[tasks]``. It falls to 0 as the derivative forgets where the steps
+            began, which is when unrolling agrees with the implicit hypergradient; near 1 or above,
+            the steps end far from a minimum, or too few were differentiated.
         error_estimate: ‖gradient − exact‖ / ‖gradient‖ of each task, estimated, ``[tasks]``; inf
             where no estimate could be made. None unless the method was asked, ``error_estimate``.
         inner_error: The part of the estimate that comes from the inner solve; more inner steps cure
@@ -72,6 +79,8 @@ class Diagnostics:
     counts: dict[str, int]
     unused: tuple[str, ...] = ()
     failed: tuple[int, ...] = ()
+    inner_distance: Tensor | None = None
+    derivative_residual: Tensor | None = None
     error_estimate: Tensor | None = None
     inner_error: Tensor | None = None
     linear_error: Tensor | None = None

@@ -219,4 +219,5 @@ class Logistic(BilevelProblem):
 
 def _mean_square(features: Tensor) -> float:
     """The largest eigenvalue of XᵀX / N."""
-    return torch.linalg.eigvalsh(features.mT @ features / len(features))[-1].item()
+    values: Tensor = torch.linalg.eigvalsh(features.mT @ features / len(features))
+    return float(values[-1])

@@ -179,4 +179,5 @@ class Ridge(BilevelProblem):
 
 def _mean_square(features: Tensor) -> float:
     """The largest eigenvalue of XᵀX / N."""
-    return torch.linalg.eigvalsh(features.mT @ features / len(features))[-1].item()
+    values: Tensor = torch.linalg.eigvalsh(features.mT @ features / len(features))
+    return float(values[-1])

@@ -38,7 +38,8 @@ class Case:
         truth: The float64 hypergradient, or NONE; with ``reduction="none"`` one row for each task.
         tol: Allowed relative error, and the most that a reported residual may be without speaking
             of trouble, where no tolerance was asked for.
-        silent: Why this case is still answered wrong in silence; None where it is not.
+        limit: Why no residual or curvature of one hypergradient shows this case; None where one
+            does.
         loud: An error of PyTorch's own that says what is wrong.
     """
 
@@ -46,7 +47,7 @@ class Case:
     call: Callable[[], object]
     truth: object
     tol: float = 1e-6
-    silent: str | None = None
+    limit: str | None = None
     loud: tuple[type[Exception], ...] = ()
 
 
@@ -125,6 +126,9 @@ def budget_residual(result):
         if report is not None:
             for status, residual in zip(report.status, report.residual.tolist(), strict=True):
                 largest = max(largest, residual if status is Status.BUDGET else 0.0)
+    left = result.diagnostics.derivative_residual
+    if left is not None and result.diagnostics.inner.status[0] is Status.BUDGET:
+        largest = max(largest, left.max().item())
     return largest
 
 

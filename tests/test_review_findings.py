@@ -87,7 +87,7 @@ def test_data_that_requires_grad_is_noticed_at_every_call():
     weights = torch.ones(3, dtype=F64)
     argmin(problem, X, Task(weights), **settings)
     with pytest.raises(
-        DependenceError, match="`inner_batch` of the task requires grad.*pass it in `outer`"
+        DependenceError, match=r"`inner_batch` .* requires grad.*pass it in `outer`"
     ):
         argmin(problem, X, Task(weights.clone().requires_grad_()), **settings)
 

@@ -13,7 +13,8 @@ to about 2√T steps for one more forward pass.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,8 +28,11 @@ from bilevel.method import Estimate, HypergradientMethod, Start
 from bilevel.pytree import tree_flatten, tree_unflatten
 from bilevel.registry import METHODS
 from bilevel.rows import norm
+from bilevel.status import Status
 
 __all__ = ["Unrolled"]
+
+_FORGOTTEN = 1e-3
 
 
 @METHODS.register("unrolled")
@@ -60,7 +64,7 @@ class Unrolled(HypergradientMethod):
         graph = flat.with_outer(flat.outer.differentiable(), differentiable=True)
         with torch.enable_grad():
             # No warm start: the derivative would lose the steps that led there.
-            carry = self.unroll(graph, inner_solver)
+            entry, carry = self._unroll(graph, inner_solver)
             outer_value = graph.outer_value(carry.z)
         z = carry.z.detach()
         if outer_value.requires_grad:
@@ -75,12 +79,23 @@ class Unrolled(HypergradientMethod):
             detached(carry), norm(gradient), flat.notes.get("first_residual")
         )
         leaves = graph.outer.leaves
-        gradients: tuple[Tensor | None, ...] = (None,) * len(leaves)
+        gradients: Sequence[Tensor | None] = [None] * len(leaves)
+        left = torch.zeros(flat.count, dtype=torch.float64, device=flat.device)
         if outer_value.requires_grad:
-            gradients = torch.autograd.grad(
-                outer_value, leaves, weights.to(outer_value.dtype), allow_unused=True
+            *gradients, at_entry, at_end = torch.autograd.grad(
+                outer_value,
+                [*leaves, entry, carry.z],
+                weights.to(outer_value.dtype),
+                allow_unused=True,
             )
-        return Estimate(gradients, z, inner_value, outer_value.detach(), inner)
+            left = _left(at_entry, at_end, left)
+        # A tolerance asks for the solution's derivative, which has forgotten where steps began.
+        unforgotten = (inner.status == Status.CONVERGED) & (left > _FORGOTTEN)
+        status = torch.where(unforgotten, int(Status.MAX_STEPS), inner.status).to(torch.int8)
+        inner = replace(inner, status=status)
+        return Estimate(
+            tuple(gradients), z, inner_value, outer_value.detach(), inner, derivative=left
+        )
 
     def unroll(self, graph: FlatProblem, inner_solver: InnerSolver | None) -> Carry:
         """Run the inner solver and keep the graph of the steps to differentiate.
@@ -92,6 +107,10 @@ class Unrolled(HypergradientMethod):
             StructureError: There is no inner solver to differentiate.
             NotDifferentiableError: The solver's steps cannot be differentiated.
         """
+        return self._unroll(graph, inner_solver)[1]
+
+    def _unroll(self, graph: FlatProblem, inner_solver: InnerSolver | None) -> tuple[Tensor, Carry]:
+        """The point at which differentiation begins, and the carry after the last step."""
         if inner_solver is None:
             raise StructureError(
                 "Unrolled differentiates the inner solver's steps, but `inner_solver` is None; "
@@ -106,17 +125,27 @@ class Unrolled(HypergradientMethod):
             with torch.no_grad():
                 carry = inner_solver.begin(plain, z.detach())
                 carry = detached(inner_solver.advance(plain, carry, 0, first))
+            entry = carry.z.requires_grad_()
         else:
-            carry = inner_solver.begin(graph, z)
+            entry = z if z.requires_grad else z.detach().requires_grad_()
+            carry = inner_solver.begin(graph, entry)
         if not self.checkpoint:
-            return inner_solver.advance(graph, carry, first, total, stop=False)
+            return entry, inner_solver.advance(graph, carry, first, total, stop=False)
         length = self.checkpoint
         if length is True:
             length = max(1, math.isqrt(total - first))
         for left in range(first, total, length):
             last = min(left + length, total)
             carry = _segment(graph, inner_solver, carry, left, last)
-        return carry
+        return entry, carry
+
+
+def _left(at_entry: Tensor | None, at_end: Tensor | None, zero: Tensor) -> Tensor:
+    """‖(∂z_T/∂z_0)ᵀ ∂f‖ / ‖∂f‖ for each task, float64."""
+    if at_entry is None or at_end is None:
+        return zero
+    size = norm(at_end)
+    return torch.where(size > 0, norm(at_entry) / torch.where(size > 0, size, 1.0), 0.0)
 
 
 def _segment(graph: FlatProblem, solver: InnerSolver, carry: Carry, first: int, last: int) -> Carry:
