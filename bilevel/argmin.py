@@ -19,6 +19,7 @@ from .argmin_maps import Steps, call, refuse_norms
 from .argmin_nodes import solution
 from .argmin_problem import InnerProblem
 from .argmin_transforms import depth, has_tangent
+from .brief import brief
 from .errors import DependenceError, NotDifferentiableError
 from .flat import Outer
 from .hypergradient import check_problem, group
@@ -88,8 +89,8 @@ def argmin(
     unrolled = hasattr(method, "unroll")
     if not unrolled and not isinstance(method, ImplicitMethod):
         raise NotDifferentiableError(
-            f"{method!r} gives a hypergradient but no derivative of the inner solution; use an "
-            "implicit method or Unrolled"
+            f"{brief(method)} gives a hypergradient but no derivative of the inner solution; use "
+            "an implicit method or Unrolled"
         )
     variable = Outer.of(outer)
     strict = on_failure == "raise"

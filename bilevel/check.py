@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .brief import brief
 from .errors import ObjectiveError
 from .flat import Outer
 from .hypergradient import hypergradient
@@ -225,8 +226,8 @@ def check_hypergradient(
     inner_error = max(_inner_error(starts[i], references[i]) for i in usable)
     dtype = tree_leaves(points[0])[0].dtype
     check = HypergradientCheck(
-        method=repr(method),
-        inner_solver=repr(inner_solver),
+        method=brief(method),
+        inner_solver=brief(inner_solver),
         dtype=dtype,
         leaves=tuple(leaves),
         error=_norm([a - b for a, b in zip(found, dense, strict=True)]) / (scale or 1.0),

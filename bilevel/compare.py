@@ -14,13 +14,14 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from .brief import brief
 from .check import float64_reference, tasks_and_points
 from .comparison import TRUSTED, Comparison, MethodResult, duration
 from .errors import BilevelError, BilevelWarning, ObjectiveError
@@ -112,7 +113,7 @@ def compare(
     found: dict[str, Hypergradient] = {}
     errors: list[Exception] = []
     for name, (method, solver) in chosen.items():
-        row = MethodResult(name, repr(method), repr(solver))
+        row = MethodResult(name, brief(method), brief(solver))
         try:
             row, found[name] = _first_run(row, partial(run, method, solver))
         except (BilevelError, ValueError) as error:
@@ -238,8 +239,8 @@ def _named(
                 "method and an inner solver"
             )
         if name is None:
-            name = _label(method)
-            name += f" on {_label(solver)}" if isinstance(choice, tuple) else ""
+            name = brief(method)
+            name += f" on {brief(solver)}" if isinstance(choice, tuple) else ""
         if name in out:
             raise ValueError(f"`methods` holds '{name}' twice; pass a dict with names that differ")
         out[name] = (method, solver)
@@ -251,18 +252,6 @@ def _named(
 def _name(problem: BilevelProblem) -> str:
     plain = type(problem).__repr__ is object.__repr__
     return type(problem).__name__ if plain else repr(problem)
-
-
-def _label(thing: object) -> str:
-    """The name of a frozen dataclass with those settings that are not the default."""
-    if not is_dataclass(thing):
-        return str(thing)
-    settings = [
-        f"{f.name}={_label(getattr(thing, f.name))}"
-        for f in fields(thing)
-        if f.init and getattr(thing, f.name) != f.default
-    ]
-    return f"{type(thing).__name__}({', '.join(settings)})"
 
 
 # Runs

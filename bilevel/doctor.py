@@ -11,12 +11,13 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .brief import brief
 from .captured import Captured
 from .errors import BilevelError, BilevelWarning, ObjectiveError, SolveError
 from .findings import Facts, Finding, examine, from_error
@@ -159,7 +160,7 @@ def doctor(
     # What is known of the problem is forgotten, so that it is probed anew, and then remembered.
     known = problem.__dict__.pop("_stacking", None)
     held = Captured(problem)
-    setting = [f"{_short(method)} with {_short(inner_solver)}"]
+    setting = [f"{brief(method)} with {brief(inner_solver)}"]
     findings: list[Finding] = []
     facts = None
     try:
@@ -169,7 +170,7 @@ def doctor(
             findings += examine(facts)
     except BilevelError as error:
         told = from_error(error)
-        found = told.found.replace(repr(method), _short(method))
+        found = told.found.replace(repr(method), brief(method))
         findings.append(replace(told, found=found))
     finally:
         changed = held.restore()
@@ -559,18 +560,6 @@ def _data(batch: PyTree) -> PyTree:
     if isinstance(batch, Stream):
         return Stream(lambda step: to_float64(batch.draw(step)))
     return to_float64(batch)
-
-
-def _short(thing: Any) -> str:
-    """The settings that are not the default."""
-    if not is_dataclass(thing) or not hasattr(type(thing).__repr__, "__wrapped__"):
-        return repr(thing)  # its author wrote one
-    parts = []
-    for one in fields(thing):
-        value = getattr(thing, one.name)
-        if one.repr and value != one.default:
-            parts.append(f"{one.name}={getattr(value, '__qualname__', None) or repr(value)}")
-    return f"{type(thing).__name__}({', '.join(parts)})"
 
 
 def _joined(result: Hypergradient) -> Tensor:

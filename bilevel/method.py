@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from .brief import brief
 from .certificate import certified_bound
 from .errors import StructureError
 from .flat import FlatProblem
@@ -166,7 +167,7 @@ class ImplicitMethod(HypergradientMethod):
         needed = self._linear_solver().needs
         if not flat.problem.structure.satisfies(needed):
             raise StructureError(
-                f"{self!r} needs an inner Jacobian that is {needed.name}, but "
+                f"{brief(self)} needs an inner Jacobian that is {needed.name}, but "
                 f"{type(flat.problem).__name__} promises {flat.problem.structure.name}; use "
                 "DenseExact(), or NeumannSeries where I − scale · Jacobian contracts; or declare "
                 f"`structure = Structure.{needed.name}` if that is true"

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .accuracy import AccuracyPolicy, ErrorDrivenAccuracy, Tolerances
+from .brief import brief
 from .errors import ObjectiveError, SolveError
 from .flat import FlatProblem, Outer
 from .hypergradient import Group, check_problem, compute, group
@@ -158,7 +159,7 @@ def minimize(
     check_problem(problem, inner_solver, method, None)
     if not isinstance(method, ImplicitMethod):
         raise ValueError(
-            f"`method` is {method!r}, whose accuracy cannot be set; pass an implicit method"
+            f"`method` is {brief(method)}, whose accuracy cannot be set; pass an implicit method"
         )
     if not hasattr(inner_solver, "tol"):
         raise ValueError(f"`inner_solver` is {inner_solver!r}, which takes no `tol`")

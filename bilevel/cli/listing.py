@@ -13,7 +13,7 @@ __all__ = ["list_registered"]
 
 
 def list_registered() -> None:
-    """List problems, inner solvers, hypergradient methods and linear solvers."""
+    """List problems, inner solvers, hypergradient methods, linear solvers and preconditioners."""
     console = Console(highlight=False)
     for registry in registries():
         table = Table(

@@ -7,7 +7,14 @@ import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from bilevel.registry import INNER_SOLVERS, LINEAR_SOLVERS, METHODS, PROBLEMS, Registry
+from bilevel.registry import (
+    INNER_SOLVERS,
+    LINEAR_SOLVERS,
+    METHODS,
+    PRECONDITIONERS,
+    PROBLEMS,
+    Registry,
+)
 
 __all__ = ["build", "find", "load", "parse_options", "registries"]
 
@@ -21,7 +28,7 @@ def registries() -> tuple[Registry[Any], ...]:
     """All registries, filled."""
     load("solvers")
     load("problems")
-    return PROBLEMS, INNER_SOLVERS, METHODS, LINEAR_SOLVERS
+    return PROBLEMS, INNER_SOLVERS, METHODS, LINEAR_SOLVERS, PRECONDITIONERS
 
 
 def find(kind: str, name: str, known: Mapping[str, Any]) -> Any:
@@ -56,7 +63,8 @@ def build(registry: Registry[Any], name: str, options: Mapping[str, Any]) -> Any
     Args:
         registry: Where the name is registered.
         name: The name.
-        options: Arguments by name; ``linear_solver`` is a name, too, and gets its defaults.
+        options: Arguments by name; ``linear_solver`` and ``preconditioner`` are names, too, and get
+            their defaults.
 
     Raises:
         ValueError: There is no such name, an option is unknown, or one is missing or out of range.
@@ -71,9 +79,9 @@ def build(registry: Registry[Any], name: str, options: Mapping[str, Any]) -> Any
             f"known: {', '.join(known) or 'none'}"
         )
     given = dict(options)
-    solver = given.get("linear_solver")
-    if isinstance(solver, str):
-        given["linear_solver"] = build(LINEAR_SOLVERS, solver, {})
+    for key, kinds in (("linear_solver", LINEAR_SOLVERS), ("preconditioner", PRECONDITIONERS)):
+        if isinstance(given.get(key), str):
+            given[key] = build(kinds, given[key], {})
     return registry.build(name, **given)
 
 

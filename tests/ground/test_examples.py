@@ -1,7 +1,9 @@
 """Whatever is shown is run: examples in docstrings, in the README and in the documentation."""
 
+import contextlib
 import doctest
 import importlib
+import io
 import pkgutil
 import re
 from pathlib import Path
@@ -10,7 +12,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("bilevel", "bilevel.solvers", "bilevel.problems")
-BLOCK = re.compile(r"^```python\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(
+    r"^```python\n(.*?)^```(?:\n\n```text title=\"Output\"\n(.*?)^```)?",
+    flags=re.MULTILINE | re.DOTALL,
+)
 PAGES = [
     pytest.param(page, id=page.relative_to(ROOT).as_posix())
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -36,11 +41,14 @@ def test_docstring_examples(name):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_page_examples(page, tmp_path, monkeypatch):
-    """The blocks of a page run in order and share their names."""
+    """The blocks of a page run in order, share their names, and print what the page says."""
     monkeypatch.chdir(tmp_path)
     text = page.read_text("utf-8")
     names = {"__name__": "__main__"}
     for block in BLOCK.finditer(text):
         # Blank lines in front, so that a traceback names the line of the page.
         lines = "\n" * text.count("\n", 0, block.start(1))
-        exec(compile(lines + block.group(1), str(page), "exec"), names)
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(compile(lines + block.group(1), str(page), "exec"), names)
+        if block.group(2) is not None:
+            assert printed.getvalue() == block.group(2)
