@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bilevel import BilevelProblem, Proximal, TaskBatch, hypergradient, problem_from
+from bilevel import BilevelProblem, Proximal, Structure, TaskBatch, hypergradient, problem_from
 from bilevel.pytree import tree_leaves
 from bilevel.solvers import LBFGS, DenseExact
 
@@ -69,6 +69,7 @@ def _logistic(generator: torch.Generator, count: int) -> tuple[BilevelProblem, T
         lambda w, x, batch: loss(w, batch) + 0.5 * (x.exp() * w**2).sum(),
         lambda w, x, batch: loss(w, batch),
         initial_inner=lambda x, batch: torch.zeros_like(x),
+        structure=Structure.POSITIVE_DEFINITE,
     )
     outer = torch.randn(n, generator=generator, dtype=F64) - _uniform(generator, 2.0, 7.0)
     return problem, outer, TaskBatch(data(), data())
@@ -92,6 +93,7 @@ def _softmax(generator: torch.Generator, count: int) -> tuple[BilevelProblem, Te
         ),
         lambda w, x, batch: losses(w, batch).mean(),
         initial_inner=lambda x, batch: x.new_zeros(features, classes),
+        structure=Structure.POSITIVE_DEFINITE,
     )
     outer = torch.randn(rows + 1, generator=generator, dtype=F64)
     outer[rows] = -_uniform(generator, 2.0, 7.0)

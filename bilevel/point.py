@@ -23,6 +23,7 @@ from .linear_solver import LinearSolution, LinearSolver
 from .linearised import LinearisedSystem, linearise, weighted
 from .minimum import bent
 from .operator import Operator
+from .problem import Structure
 from .rows import norm
 from .status import Status, worst
 
@@ -133,6 +134,7 @@ def estimate_error(point: Point, solver: LinearSolver) -> ErrorEstimate:
     """
     solver = solver.toward(_ESTIMATE_RTOL, _ESTIMATE_STEPS)
     system, v = point.system, point.adjoint.value
+    problem = system.flat.problem
     z, step = newton_step(system, point.operator, solver)
     ahead = linearise(system.flat, z)
     # What the adjoint lacks: for its own residual, and for the move from z to the Newton step.
@@ -151,7 +153,7 @@ def estimate_error(point: Point, solver: LinearSolver) -> ErrorEstimate:
     matters = norm(step.value) > torch.finfo(z.dtype).eps ** 0.5 * norm(point.z)
     left = torch.maximum(better.residual, _turned(system, ahead, step))
     lost = matters & (left > _CONTRACTION * point.residual)
-    if not system.flat.problem.is_equilibrium:
+    if not (problem.is_equilibrium or problem.structure is Structure.POSITIVE_DEFINITE):
         lost = lost | bent(ahead.operator, z)
     solves = (step, own, moved)
     status = worst(*(one.status for one in solves))
