@@ -60,7 +60,7 @@ def run(example: Example, policy: AccuracyPolicy) -> Run:
         example.problem,
         example.outer,
         example.task,
-        inner_solver=LBFGS(max_steps=5000),
+        inner_solver=LBFGS(max_steps=1000),
         method=ImplicitCG(),
         accuracy=policy,
     )

@@ -190,7 +190,7 @@ class ErrorDrivenAccuracy(AccuracyPolicy):
         ValueError: A setting is out of range.
     """
 
-    fraction: float = 0.3
+    fraction: float = 0.5
     first: float = 0.1
     every: int = 50
 
@@ -207,9 +207,12 @@ class ErrorDrivenAccuracy(AccuracyPolicy):
 
 _TRIES = 12
 _LOWEST = 0.01
-_SHARE = 0.4
+# Of the error allowed, what each part aims at; well below it, since a second attempt costs more
+# than an ample first one. A better inner point costs no Hessian product, and a worse one asks for
+# a second solve of the adjoint system, so that it aims lower.
+_SHARES = (0.03, 0.2)
 _RELAX = 3.0
-_DROP = 0.01
+_DROP = 0.001
 
 
 class _ErrorController(AccuracyController):
@@ -237,9 +240,9 @@ class _ErrorController(AccuracyController):
         allowed = self.policy.fraction * self.norm
         if sum(parts) > allowed:
             pair = [self.tolerances.inner, self.tolerances.linear]
-            for i, part in enumerate(parts):
-                if part > 0.5 * allowed:
-                    pair[i] = residuals[i] * max(_LOWEST, _SHARE * allowed / part)
+            for i, (part, share) in enumerate(zip(parts, _SHARES, strict=True)):
+                if part > share * allowed:
+                    pair[i] = residuals[i] * max(_LOWEST, share * allowed / part)
             return self._again(*pair)
         if self.norm < _DROP * self.measured[1]:
             # A norm that fell this far has left the place where the factors were measured.
@@ -250,11 +253,12 @@ class _ErrorController(AccuracyController):
     def stepped(self, step: int) -> None:
         self.step, self.tries = step, 0
         self.estimate = step - self.measured[0] >= self.policy.every
-        share = _SHARE * self.policy.fraction * self.norm
+        allowed = self.policy.fraction * self.norm
         now = self.tolerances
         inner, linear = (
-            min(share / factor if factor > 0 else most, _RELAX * tolerance, most)
-            for factor, tolerance, most in zip(
+            min(share * allowed / factor if factor > 0 else most, _RELAX * tolerance, most)
+            for share, factor, tolerance, most in zip(
+                _SHARES,
                 self.factors,
                 (now.inner, now.linear),
                 (self.loosest.inner, self.loosest.linear),
@@ -288,7 +292,7 @@ class _ErrorController(AccuracyController):
         """Ask for another hypergradient (False), or give up (True)."""
         before = self.tolerances
         self.tries += 1
-        self.tolerances = _floored(inner, linear)
+        self.tolerances = _floored(min(inner, before.inner), min(linear, before.linear))
         return self.tries > _TRIES or (self.tolerances == before and not self.estimate)
 
 

@@ -42,6 +42,7 @@ _ARMIJO = 1e-4
 _TRIALS = 20
 _QUASI_NEWTON_TRIALS = 6
 _LONGEST = 0.5
+_SLACK = 1e-6
 _MEMORY = 10
 _BUDGET = 10_000
 
@@ -203,22 +204,29 @@ class _Run:
         pairs: deque[tuple[Tensor, Tensor]] = deque(maxlen=_MEMORY)
         records: list[OuterStep] = []
         state: State | None = None
-        last: Hypergradient | None = None
-        first_norm, length = math.inf, 0.0
+        good: tuple[Tensor, Hypergradient] | None = None
+        first_norm, length, scale = math.inf, 0.0, 0.0
         x = _vector(self.outer.leaves)
         previous: tuple[Tensor, Tensor] | None = None
         while True:
             try:
                 result, attempts = self._accurate(x, control, state)
             except SolveError:
-                if previous is None or last is None:
+                if good is None:
                     raise
-                return self._minimum(previous[0], OuterStatus.FAILED, records, last)
-            last = result
+                return self._minimum(*good, OuterStatus.FAILED, records)
             u = _vector(tree_leaves(result.gradient))
             norm = float(u.norm())
             first_norm = min(first_norm, norm) if not records else first_norm
             here = self._value(x, control.tolerances, result.state, solve=False)
+            if good is not None and previous is not None:
+                highest = records[-1].value + _SLACK * (abs(records[-1].value) + scale)
+                # The line search was deceived by rough solves: go back, and look closer.
+                if not here.value <= highest and control.tighten():
+                    x, state, previous = good[0], good[1].state, None
+                    pairs.clear()
+                    continue
+            scale = abs(here.value) if not records else scale
             if previous is not None:
                 _remember(pairs, x - previous[0], u - previous[1])
             status = OuterStatus.CONVERGED if norm <= tol * first_norm else None
@@ -248,16 +256,17 @@ class _Run:
             )
             if callback is not None:
                 callback(records[-1])
+            good = (x, result)
             if trial is None:
                 assert status is not None
-                return self._minimum(x, status, records, result)
+                return self._minimum(x, result, status, records)
             previous = (x, u)
             x, ahead, _ = trial
             state = replace(ahead.state, adjoint=result.state.adjoint, pairs=result.state.pairs)
             control.stepped(len(records))
 
     def _minimum(
-        self, x: Tensor, status: OuterStatus, records: list[OuterStep], result: Hypergradient
+        self, x: Tensor, result: Hypergradient, status: OuterStatus, records: list[OuterStep]
     ) -> Minimum:
         tree = self._outer(x).tree
         return Minimum(tree, records[-1].value, status, records, result, dict(self.counts))
