@@ -19,6 +19,7 @@ EQUATION = re.compile(
 
 DIRECTIVE = re.compile(r"\{\{ (?P<kind>value|source|picture) (?P<name>[\w-]+)(?P<rest>[^}]*) \}\}")
 
+_LONG = 30
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 
@@ -80,9 +81,8 @@ def _source(result: dict[str, Any]) -> str:
 
 def _section(result: dict[str, Any]) -> str:
     settings = list(dict.fromkeys(key for row in result["rows"] for key in row["setting"]))
-    lines = [
-        f"\n## {result['name']}\n",
-        _source(result) + "\n",
+    lines = [f"\n## {result['name']}\n", _source(result) + "\n"]
+    table = [
         "| " + " | ".join([*settings, "metric", "value", "reference"]) + " |",
         "|" + "---|" * (len(settings) + 3),
     ]
@@ -93,7 +93,11 @@ def _section(result: dict[str, Any]) -> str:
             value += f" ± {row['ci95']:.2g}"
         reference = row.get("reference", {})
         known = f"{reference['value']} ({reference['source']})" if reference else ""
-        lines.append("| " + " | ".join([*cells, row["metric"], value, known]) + " |")
+        table.append("| " + " | ".join([*cells, row["metric"], value, known]) + " |")
+    if len(table) > _LONG:
+        # Folded away: the picture says more.
+        table = ['??? note "All numbers"', "", *(f"    {line}" for line in table), ""]
+    lines += table
     if (RESULTS / f"{result['name']}.png").exists():
         picture = f"{result['name']}.png"
         lines.append(f'\n<img src="{picture}" alt="{result["name"]}: the table above, drawn">\n')
