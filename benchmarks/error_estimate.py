@@ -2,7 +2,8 @@
 
     python benchmarks/error_estimate.py [--full] [--out benchmarks/results]
 
-Random strongly convex problems (logistic, softmax with weighted examples, small smooth networks),
+Random strongly convex problems (logistic, softmax with weighted examples, small smooth networks,
+badly scaled logistic),
 inner errors from 1e-1 to 1e-5, linear residuals likewise. For each hypergradient the estimate is
 compared with the true error, from dense float64 algebra at the exact inner solution. Writes a
 table, JSON and a picture.
@@ -253,7 +254,7 @@ def plot(samples: dict[str, Sample], corrections: dict[str, dict[str, Tensor]], 
     figure, (left, middle, right) = plt.subplots(
         1, 3, figsize=(12.5, 4.0), layout="constrained", width_ratios=[1, 1, 1]
     )
-    colours = dict(zip(FAMILIES, ("#3b5bdb", "#e8590c", "#2b8a3e"), strict=True))
+    colours = dict(zip(FAMILIES, ("#3b5bdb", "#e8590c", "#2b8a3e", "#862e9c"), strict=True))
     for family, colour in colours.items():
         one = samples[family]
         good = ~one.flagged

@@ -125,10 +125,24 @@ def _network(generator: torch.Generator, count: int) -> tuple[BilevelProblem, Te
     return problem, outer, TaskBatch(data(shift), data(shift))
 
 
+def _scaled(generator: torch.Generator, count: int) -> tuple[BilevelProblem, Tensor, TaskBatch]:
+    """Logistic regression on features of very different scale: condition numbers to 1e5."""
+    problem, outer, tasks = _logistic(generator, count)
+    n = len(outer)
+    scales = 3.0 * torch.logspace(0, -2, n, dtype=F64)
+
+    def data(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return batch[0] * scales, batch[1]
+
+    outer = torch.full((n,), -_uniform(generator, 6.0, 9.0), dtype=F64)
+    return problem, outer, TaskBatch(data(tasks.inner_batch), data(tasks.outer_batch))
+
+
 FAMILIES: dict[str, Callable[[torch.Generator, int], tuple[BilevelProblem, Tensor, TaskBatch]]] = {
     "logistic": _logistic,
     "softmax": _softmax,
     "network": _network,
+    "scaled": _scaled,
 }
 
 

@@ -48,10 +48,13 @@ class AccuracyController(ABC):
     Attributes:
         tolerances: Those of the next hypergradient.
         estimate: Whether the next hypergradient shall estimate its error.
+        accurate: Whether the last hypergradient was accepted because it is accurate enough, and not
+            because nothing more could be done.
     """
 
     tolerances: Tolerances
-    estimate: bool = False
+    estimate: float | bool = False
+    accurate: bool = True
 
     @abstractmethod
     def judge(self, result: Hypergradient, gradient: Tensor) -> bool:
@@ -234,11 +237,14 @@ class _ErrorController(AccuracyController):
         if self.estimate:
             if not self._measure(result, residuals):
                 return self._again(*(0.1 * r for r in residuals))
-            self.estimate = False
+            # A part that happened to vanish has shown no factor yet.
+            self.estimate = min(residuals) == 0.0 and self.tries == 0
             self.measured = (self.step, self.norm)
+        self.accurate = True
         parts = [c * r for c, r in zip(self.factors, residuals, strict=True)]
         allowed = self.policy.fraction * self.norm
         if sum(parts) > allowed:
+            self.accurate = False
             pair = [self.tolerances.inner, self.tolerances.linear]
             for i, (part, share) in enumerate(zip(parts, _SHARES, strict=True)):
                 if part > share * allowed:

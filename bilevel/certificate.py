@@ -96,4 +96,4 @@ def certified_bound(point: Point) -> Tensor:
         )
     size = point.norm
     absolute = torch.tensor(bounds, dtype=torch.float64, device=size.device)
-    return absolute / torch.where(size > 0, size, 1.0)
+    return torch.where(absolute > 0, absolute / size, 0.0)

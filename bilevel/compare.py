@@ -354,7 +354,8 @@ def _after_newton_steps(
     settled = max(1e-3 * accuracy, 100 * eps)
     estimate, uncertain = None, math.inf
     for method in _correctors(problem, methods, settled):
-        inner, last = best.inner, None
+        inner, last, before = best.inner, None, best.diagnostics.inner.residual
+        floor = 1e3 * eps * before.clamp_min(1.0)
         for _ in range(_NEWTON_STEPS):
             try:
                 with warnings.catch_warnings():
@@ -367,6 +368,11 @@ def _after_newton_steps(
             if max(found.status) >= Status.INDEFINITE:
                 break
             gradient = _flat(tree_leaves(found.gradient))
+            left = found.diagnostics.inner.residual
+            # A Newton step that was refused repeats the last gradient: that is no agreement.
+            if before is not None and not bool(((left <= 0.5 * before) | (left <= floor)).all()):
+                break
+            before = left
             # Equal gradients agree to rounding, and no further.
             gap = math.inf if last is None else max(_distance(last, gradient), 10 * eps)
             if gap < uncertain:

@@ -98,6 +98,8 @@ class LinearisedSystem:
 
     def direct(self, weights: Tensor) -> list[Tensor | None]:
         """Σ weightsᵢ ∂_x fᵢ, one tensor for each outer leaf."""
+        if not self.outer_value.requires_grad:
+            return [None] * len(self.flat.outer.leaves)
         return list(
             torch.autograd.grad(
                 self.outer_value,

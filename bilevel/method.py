@@ -24,6 +24,8 @@ from .status import Status, residual_status, worst
 
 __all__ = ["Estimate", "HypergradientMethod", "ImplicitMethod", "Start"]
 
+_ESTIMATE_RTOL = 1e-3
+
 
 @dataclass(frozen=True)
 class Start:
@@ -141,8 +143,8 @@ class ImplicitMethod(HypergradientMethod):
         damping: Added to the matrix of the adjoint system, ≥ 0. The status and the residual are
             those of the undamped system.
         error_estimate: Estimate the relative error of each task's hypergradient; costs three more
-            solves to 0.05, one gradient of either objective, and memory for one hypergradient per
-            task.
+            solves to 0.001 (or to the number given), one gradient of either objective, and memory
+            for one hypergradient per task.
         correct: Take one Newton step in the inner variable first, which squares the inner error;
             costs one further solve and one gradient of either objective.
         check_minimum: Look for negative curvature with 8 more products, from a random vector: this
@@ -152,7 +154,7 @@ class ImplicitMethod(HypergradientMethod):
     """
 
     damping: float = field(default=0.0, kw_only=True)
-    error_estimate: bool = field(default=False, kw_only=True)
+    error_estimate: bool | float = field(default=False, kw_only=True)
     correct: bool = field(default=False, kw_only=True)
     check_minimum: bool = field(default=False, kw_only=True)
     error_bound: bool = field(default=False, kw_only=True)
@@ -160,6 +162,11 @@ class ImplicitMethod(HypergradientMethod):
     def __post_init__(self) -> None:
         if not (self.damping >= 0.0 and math.isfinite(self.damping)):
             raise ValueError(f"`damping` is {self.damping}; it is finite and ≥ 0")
+        if not 0.0 <= float(self.error_estimate) <= 1.0:
+            raise ValueError(
+                f"`error_estimate` is {self.error_estimate}; pass True, False, or the relative "
+                "residual of its solves, in (0, 1)"
+            )
         self._linear_solver()  # its settings are ours, and it checks them
 
     def check(self, flat: FlatProblem) -> None:
@@ -185,6 +192,12 @@ class ImplicitMethod(HypergradientMethod):
             most: The least number of steps (or terms) that the budget is raised to.
         """
         return with_tolerance(self, rtol, most)
+
+    def _error(self, point: Point) -> ErrorEstimate | None:
+        if self.error_estimate is False:
+            return None
+        rtol = _ESTIMATE_RTOL if self.error_estimate is True else self.error_estimate
+        return estimate_error(point, self._linear_solver(), rtol)
 
     def solve(self, operator: Operator, rhs: Tensor, start: Tensor | None = None) -> LinearSolution:
         """Solve with the damped operator; the residual is that of the undamped one."""
@@ -249,6 +262,6 @@ class ImplicitMethod(HypergradientMethod):
             distance=None
             if problem.is_equilibrium
             else distance(point.z, residual, adjoint, flat.start),
-            error=estimate_error(point, self._linear_solver()) if self.error_estimate else None,
+            error=self._error(point),
             bound=certified_bound(point) if self.error_bound else None,
         )

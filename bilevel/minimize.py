@@ -32,7 +32,7 @@ from .method import ImplicitMethod
 from .problem import BilevelProblem
 from .pytree import PyTree, tree_leaves
 from .result import Hypergradient, State
-from .rows import dot
+from .rows import dot, norm
 from .status import Status, describe_status
 from .task import Task, TaskBatch
 
@@ -43,6 +43,7 @@ _TRIALS = 20
 _QUASI_NEWTON_TRIALS = 6
 _LONGEST = 0.5
 _SLACK = 1e-6
+_ROUGH = 0.05
 _MEMORY = 10
 _BUDGET = 10_000
 
@@ -53,6 +54,7 @@ class OuterStatus(Enum):
     CONVERGED = "the hypergradient's norm is within the tolerance"
     MAX_STEPS = "the permitted outer steps are spent"
     STALLED = "no step decreases the outer objective, as far as it can be evaluated"
+    INACCURATE = "the solves could not be made accurate enough; raise the inner solver's budget"
     FAILED = "a solve failed at the next point; the last good one is returned"
 
 
@@ -89,7 +91,8 @@ class Minimum:
 
     Attributes:
         outer: The outer variable, a new pytree.
-        value: The outer objective there, mean over tasks.
+        value: The outer objective there, mean over tasks, corrected to first order for the inner
+            error; ``result.outer_value`` holds it uncorrected.
         status: How it ended.
         steps: One record per outer step.
         result: The hypergradient there, with the inner solution.
@@ -164,6 +167,11 @@ def minimize(
         )
     if not hasattr(inner_solver, "tol"):
         raise ValueError(f"`inner_solver` is {inner_solver!r}, which takes no `tol`")
+    if accuracy is not None and not isinstance(accuracy, AccuracyPolicy):
+        raise ValueError(
+            f"`accuracy` is a {type(accuracy).__name__}; pass a policy such as "
+            "ErrorDrivenAccuracy(), or None"
+        )
     if not 0.0 < tol < 1.0:
         raise ValueError(f"`tol` is {tol}; pass a fraction in (0, 1)")
     if max_steps < 1:
@@ -259,6 +267,8 @@ class _Run:
             good = (x, result)
             if trial is None:
                 assert status is not None
+                if not (control.accurate and result.ok):
+                    status = OuterStatus.INACCURATE
                 return self._minimum(x, result, status, records)
             previous = (x, u)
             x, ahead, _ = trial
@@ -280,7 +290,8 @@ class _Run:
             attempts += 1
             tolerances: Tolerances = control.tolerances
             method = replace(
-                self.method.toward(tolerances.linear, _BUDGET), error_estimate=control.estimate
+                self.method.toward(tolerances.linear, _BUDGET),
+                error_estimate=_ROUGH if control.estimate else False,
             )
             result = compute(
                 self.problem,
@@ -310,6 +321,9 @@ class _Run:
             if solve:
                 z = solver.solve(flat, z).z
             gradient = flat.gradient(z)
+            if solve:
+                # Where the budget binds, a corrected value is not to be trusted.
+                ok = ok and bool((norm(gradient) <= 10.0 * tolerances.inner).all())
             with torch.no_grad():
                 value = flat.outer_value(z).double()
             adjoint = state.adjoint[i]
@@ -376,7 +390,7 @@ class _Run:
     def _trial(self, x: Tensor, tolerances: Tolerances, state: State) -> _Value:
         try:
             return self._value(x, tolerances, state, solve=True)
-        except ObjectiveError:
+        except (ObjectiveError, ArithmeticError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
             # A step to where the problem is not defined, such as a strength that overflows.
             return _Value(math.inf, state, ok=False)
 
@@ -387,12 +401,24 @@ class _Run:
             residuals.append(flat.gradient(flat.start).double().norm(dim=1))
             self.counts.update(flat.counts)
         residual = float(torch.cat([r.cpu() for r in residuals]).mean())
+        if residual == 0.0:
+            # The start is a solution already: a point beside it tells the scale.
+            residual = self._residual_beside()
         if not math.isfinite(residual):
             raise SolveError(
                 "the gradient of the inner objective is NaN or infinite at the first inner point "
                 f"(NON_FINITE); {Status.NON_FINITE.cure}, or start from another `outer`"
             )
         return residual
+
+    def _residual_beside(self) -> float:
+        residuals = []
+        for one in self._groups:
+            flat = FlatProblem.of(self.problem, self.outer, one.tasks, one.inner)
+            beside = flat.start + 0.1 * (1.0 + flat.start.abs())
+            residuals.append(norm(flat.gradient(beside)).cpu())
+            self.counts.update(flat.counts)
+        return float(torch.cat(residuals).mean())
 
     @property
     def _groups(self) -> list[Group]:

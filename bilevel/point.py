@@ -29,10 +29,9 @@ from .status import Status, worst
 
 __all__ = ["ErrorEstimate", "Point", "add", "corrected", "estimate_error"]
 
-_ESTIMATE_RTOL = 0.05
-_ESTIMATE_STEPS = 200
+_ESTIMATE_STEPS = 1000
 _CONTRACTION = 0.5
-_UNFINISHED = 0.5
+_UNFINISHED = 0.1
 
 
 @dataclass(frozen=True)
@@ -125,14 +124,16 @@ def corrected(
     return linearise(system.flat, torch.where(good.unsqueeze(-1), z, system.z.detach()))
 
 
-def estimate_error(point: Point, solver: LinearSolver) -> ErrorEstimate:
+def estimate_error(point: Point, solver: LinearSolver, rtol: float) -> ErrorEstimate:
     """Compare a hypergradient with the one at the Newton step, its adjoint solved further.
 
     Args:
         point: The hypergradient, whose outer variable has one copy per task.
-        solver: The linear solver; the three solves are to 0.05 of their right-hand sides.
+        solver: The linear solver.
+        rtol: What the three solves are solved to. Where the Hessian is ill conditioned a residual
+            says less of an error, so that the estimate needs a lower one there.
     """
-    solver = solver.toward(_ESTIMATE_RTOL, _ESTIMATE_STEPS)
+    solver = solver.toward(rtol, _ESTIMATE_STEPS)
     system, v = point.system, point.adjoint.value
     problem = system.flat.problem
     z, step = newton_step(system, point.operator, solver)
@@ -147,8 +148,9 @@ def estimate_error(point: Point, solver: LinearSolver) -> ErrorEstimate:
     gap = add(point.gradient, better.gradient, sign=-1.0)
     by_residual = ahead.cross(own.value)
     parts = (gap, add(gap, by_residual, sign=-1.0), by_residual)
-    size = torch.where(point.norm > 0, point.norm, 1.0)
-    total, inner, linear = (leaves_norm(leaves, system.flat) / size for leaves in parts)
+    # Beside a hypergradient of zero any error is infinite.
+    found = (leaves_norm(leaves, system.flat) for leaves in parts)
+    total, inner, linear = (torch.where(x > 0, x / point.norm, 0.0) for x in found)
     # Where a Newton step that matters does not contract, z is too far from a solution to tell.
     matters = norm(step.value) > torch.finfo(z.dtype).eps ** 0.5 * norm(point.z)
     left = torch.maximum(better.residual, _turned(system, ahead, step))

@@ -49,7 +49,12 @@ def probe(flat: FlatProblem) -> None:
         raise DependenceError(
             f"`{name}` does not depend on `inner`; compute it from its first argument"
         )
-    _evaluate(flat, "outer_objective", z, flat.tasks.outer_batch, "outer_batch", allowed)
+    last = _evaluate(flat, "outer_objective", z, flat.tasks.outer_batch, "outer_batch", allowed)
+    if not last.requires_grad:
+        raise DependenceError(
+            "`outer_objective` depends neither on `inner` nor on `outer`: its value comes out of "
+            "`.detach()`, `.item()`, an argmax or torch.no_grad(); compute it from its arguments"
+        )
     if problem.regularizer is not None:
         for what in ("_center", "_strength"):
             _check_captured(getattr(flat, what), allowed, f"Proximal's {what[1:]}", flat)

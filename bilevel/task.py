@@ -34,6 +34,11 @@ class Task:
     def __post_init__(self) -> None:
         if not 0.0 <= self.weight < float("inf"):
             raise ValueError(f"`weight` is {self.weight}; a task's weight is finite and ≥ 0")
+        if isinstance(self.key, Tensor) or not isinstance(self.key, Hashable):
+            raise ValueError(
+                f"`key` is a {type(self.key).__name__}, which tells no task apart; pass a "
+                "number, a string or a tuple of them"
+            )
 
     @staticmethod
     def stack(tasks: Sequence[Task]) -> TaskBatch:

@@ -475,7 +475,7 @@ for method in (
         ),
         vec(2 * (RIPPLE - 1) * SLOPE),
     )
-UNSEEN = "no product sees an eigenvector of which the residual holds less than the estimate's 5 %"
+UNSEEN = "no product sees an eigenvector of which the residual holds next to nothing"
 for condition in (1e2, 1e4, 1e8):
     for method in (
         ImplicitCG(MOST, rtol=0.1, error_estimate=True),
@@ -490,10 +490,7 @@ for condition in (1e2, 1e4, 1e8):
             system(H, few, method),
             adjoint(H, few),
             tol=1e-2,
-            limit=UNSEEN
-            if (condition, kind(method))
-            in ((1e8, "ImplicitCG"), (1e8, "MINRES"), (1e8, "NeumannSeries"))
-            else None,
+            limit=UNSEEN if condition == 1e8 and kind(method) == "NeumannSeries" else None,
         )
 H = spectrum([1e-8, *torch.linspace(0.5, 1.0, 29).tolist()])
 LOWEST = torch.linalg.eigh(H)[1][:, 0]
@@ -505,7 +502,6 @@ for tolerance in (1e-3, 1e-5, 1e-9):
         system(H, HIDDEN, method),
         adjoint(H, HIDDEN),
         tol=1e-4,
-        limit=UNSEEN if tolerance == 1e-3 else None,
     )
 
 # Stationary points that are no minimum

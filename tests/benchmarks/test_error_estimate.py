@@ -24,7 +24,7 @@ def benchmark():
         sys.path.remove(str(FOLDER))
 
 
-@pytest.mark.parametrize("family", ["logistic", "softmax", "network"])
+@pytest.mark.parametrize("family", ["logistic", "softmax", "network", "scaled"])
 @pytest.mark.parametrize("count", [100, pytest.param(700, marks=pytest.mark.slow)])
 def test_the_estimate_is_near_the_true_error(benchmark, family, count):
     """At least 2,100 problems with ``-m slow``; inner errors and residuals from 1e-1 to 1e-5."""

@@ -283,3 +283,37 @@ def test_toward_raises_the_budget_and_sets_the_tolerance():
     assert CG(max_steps=500, indefinite="error").toward(0.05, 200).indefinite == "truncate"
     assert DenseExact().toward(0.1, 10) == DenseExact()
     assert Implicit(CG()).toward(0.1, 200) == Implicit(CG(200, 0.1))
+
+
+@pytest.mark.parametrize("condition", [1e2, 1e4, 1e6])
+def test_an_error_along_a_flat_direction_is_seen(condition):
+    """Little of the residual lies there, and most of the error."""
+    A = torch.tensor([1.0, 1 / condition], dtype=F64)
+    problem = problem_from(
+        lambda z, x, b: 0.5 * (A * z * z).sum() - (x * z).sum(),
+        lambda z, x, b: 0.5 * ((z - 1) ** 2).sum(),
+        initial_inner=lambda x, b: torch.zeros_like(x),
+    )
+    x = torch.ones(2, dtype=F64)
+    off = 1e-2 * torch.tensor([1.0, 0.03 * condition], dtype=F64)
+    result = hypergradient(
+        problem,
+        x,
+        inner_solver=None,
+        inner=x / A + off,
+        method=ImplicitCG(rtol=1e-10, error_estimate=True),
+    )
+    exact = (x / A - 1) / A
+    true = (result.gradient - exact).norm() / result.gradient.norm()
+    assert 0.7 < result.diagnostics.error_estimate.item() / true < 1.4
+
+
+def test_a_rougher_estimate_costs_less():
+    example = Logistic.example()
+    fine, rough = (
+        estimated(example, ImplicitCG(error_estimate=asked)).diagnostics.counts["products"]
+        for asked in (True, 0.1)
+    )
+    assert rough < fine
+    with pytest.raises(ValueError, match="`error_estimate` is 2"):
+        ImplicitCG(error_estimate=2.0)
