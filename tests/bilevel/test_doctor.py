@@ -566,7 +566,7 @@ def test_native_norms_are_information():
         lambda z, x, batch: (net(z, data) - 1).square().mean(),
         Proximal(1.0),
     )
-    found = diagnose(problem, params, inner_solver=LBFGS(500, tol=1e-2))
+    found = diagnose(problem, params, inner_solver=LBFGS(500, tol=1e-5))
     finding = named(found, "native norms")
     assert found.ok
     assert "exact_norms" in finding.cure
