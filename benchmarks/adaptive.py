@@ -157,12 +157,13 @@ def plot(everything: dict[str, list[Run]], path: Path) -> None:
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     floor = 1e-10
     for (name, runs), axes in zip(everything.items(), panels, strict=True):
-        lowest = min(one.value for one in runs)
+        # Of the default and the grid; a schedule may end in another, lower minimum.
+        grid = [one for one in runs if isinstance(one.policy, FixedAccuracy)]
+        lowest = min(one.value for one in [runs[0], *grid])
 
         def above(value: float, lowest: float = lowest) -> float:
             return max((value - lowest) / abs(lowest), floor)
 
-        grid = [one for one in runs if isinstance(one.policy, FixedAccuracy)]
         axes.scatter(
             [o.products for o in grid],
             [above(o.value) for o in grid],
@@ -172,15 +173,21 @@ def plot(everything: dict[str, list[Run]], path: Path) -> None:
             zorder=2,
         )
         for one, marker in zip(runs[1:4], "v^s", strict=True):
+            assert isinstance(one.policy, ScheduledAccuracy)
+            elsewhere = one.value < lowest - 1e-5 * abs(lowest)
             axes.scatter(
                 one.products,
                 above(one.value),
                 marker=marker,
                 s=36,
                 color="#1971c2",
+                facecolor="none" if elsewhere else "#1971c2",
                 label=f"schedule, {one.policy.kind}",
                 zorder=3,
             )
+            if elsewhere:
+                note = "hollow: in another minimum, lower than any of the others"
+                axes.text(0.02, 0.1, note, transform=axes.transAxes, fontsize=8, color="#1971c2")
         axes.scatter(
             runs[0].products,
             above(runs[0].value),
