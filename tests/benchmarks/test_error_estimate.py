@@ -33,7 +33,8 @@ def test_the_estimate_is_near_the_true_error(benchmark, family, count):
     assert sample.inner_error.min() < 1e-4
     assert sample.inner_error.max() > 0.05
     shares = benchmark.shares(sample)
-    assert shares["flagged"] <= 0.01
+    # Small networks at an error of a tenth may be too far for a Newton step; they say so.
+    assert shares["flagged"] <= (0.05 if family == "network" else 0.01)
     assert shares["within_1.5"] >= 0.95
     assert shares["within_3"] >= 0.99
 
