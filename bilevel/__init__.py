@@ -38,6 +38,7 @@ from .norms import exact_norms
 from .operator import Operator, SecantPairs
 from .preconditioner import Preconditioner
 from .problem import BilevelProblem, Structure, problem_from
+from .record import Record
 from .regularizer import Proximal
 from .result import Diagnostics, Hypergradient, SolveReport, State
 from .solve import InnerSolution, solve_inner
@@ -45,7 +46,7 @@ from .stateless import stateless
 from .status import Status
 from .stream import Stream
 from .task import Task, TaskBatch
-from .trainer import Record, Trainer
+from .trainer import Trainer, Training
 
 __version__ = "0.1.0"
 
@@ -98,6 +99,7 @@ __all__ = [
     "TaskBatch",
     "Tolerances",
     "Trainer",
+    "Training",
     "argmin",
     "assert_hypergradient",
     "check_hypergradient",

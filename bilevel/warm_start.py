@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -74,6 +74,29 @@ class WarmStarts:
                     None if adjoint is None else adjoint[i].clone(),
                     None if learned is None else learned.row(i),
                 )
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """What is kept, of tensors and plain values."""
+        return [
+            {
+                "key": key,
+                "inner": one.inner,
+                "adjoint": one.adjoint,
+                "pairs": None if one.pairs is None else vars(one.pairs),
+            }
+            for key, one in self._kept.items()
+        ]
+
+    def load_state_dict(self, state: list[dict[str, Any]]) -> None:
+        """Keep what `state_dict` returned, and forget the rest."""
+        self._kept = {
+            row["key"]: _Kept(
+                row["inner"],
+                row["adjoint"],
+                None if row["pairs"] is None else SecantPairs(**row["pairs"]),
+            )
+            for row in state
+        }
 
     def _keys(self, task: Task | TaskBatch | Sequence[Task] | None) -> list[list[Hashable]]:
         if self.constant:

@@ -159,3 +159,116 @@ def test_an_outer_variable_inside_a_graph_is_named():
     x = torch.zeros(2, dtype=F64, requires_grad=True) * 2
     with pytest.raises(ValueError, match="`outer` is no leaf"):
         trainer().fit(x, task(), 1)
+
+
+# Schedules, averages, resumption
+
+
+def test_a_schedule_lowers_the_rate_after_each_step():
+    x = torch.zeros(2, dtype=F64)
+    halve = lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)  # noqa: E731
+    trainer(schedule=halve).fit(x, task(), 2)
+    # z = x / 2, f = ½ (z − 1)², so dF/dx = (x / 2 − 1) / 2; rates 2 and 1.
+    torch.testing.assert_close(x, torch.full((2,), 1.0 + 0.25, dtype=F64))
+
+
+def test_the_average_follows_its_formula():
+    x = torch.zeros(2, dtype=F64)
+    training = trainer(average=0.5).begin(x)
+    expected = x.clone()
+    for k in range(12):
+        training.advance(task(outer=float(k)))
+        decay = min(0.5, (1 + k) / (10 + k))
+        expected = decay * expected + (1 - decay) * x
+        torch.testing.assert_close(training.average, expected)
+    assert trainer().begin(x).average is None
+
+
+STATEFUL = {
+    "optimizer": lambda params: torch.optim.Adam(params, lr=0.3),
+    "schedule": lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 8),
+    "average": 0.9,
+    "warm_start": "both",
+    # Budgets only, so that a warm start makes another hypergradient.
+    "method": ImplicitCG(max_steps=1, rtol=0.0),
+}
+
+
+def keyed(step):
+    """Two tasks that come and go, so that warm starts have something to remember."""
+    tasks = [Task(torch.full((2,), float(k), dtype=F64), task().outer_batch, key=k) for k in (1, 2)]
+    return tasks if step % 2 else tasks[:1]
+
+
+def test_a_resumed_training_has_the_same_bits(tmp_path):
+    straight, stopped, resumed = (torch.zeros(2, dtype=F64) for _ in range(3))
+    whole = trainer(**STATEFUL).begin(straight)
+    records = [whole.advance(keyed(step))[0] for step in range(8)]
+
+    first = trainer(**STATEFUL).begin(stopped)
+    for step in range(5):
+        first.advance(keyed(step))
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    second = trainer(**STATEFUL).begin(resumed)
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert second.steps == 5
+    again = [second.advance(keyed(step))[0] for step in range(5, 8)]
+
+    assert resumed.equal(straight)
+    assert second.average.equal(whole.average)
+    assert [r.outer_value for r in again] == [r.outer_value for r in records[5:]]
+    assert [r.step for r in again] == [5, 6, 7]
+
+
+def test_a_saved_state_does_not_move_with_the_training():
+    training = trainer(**STATEFUL).begin(torch.zeros(2, dtype=F64))
+    training.advance(keyed(0))
+    saved = training.state_dict()
+    expected = training.outer.clone(), training.average.clone()
+    for _ in range(2):
+        training.advance(keyed(1))
+        after = training.outer.clone(), training.average.clone()
+        training.load_state_dict(saved)
+        assert training.outer.equal(expected[0])
+        assert training.average.equal(expected[1])
+        training.advance(keyed(1))
+        assert training.outer.equal(after[0])
+        assert training.average.equal(after[1])
+        training.load_state_dict(saved)
+
+
+@pytest.mark.parametrize(
+    ("changes", "size", "message"),
+    [
+        ({}, 2, "was made with `average`"),
+        ({"average": 0.5, "schedule": STATEFUL["schedule"]}, 2, "was made without `schedule`"),
+        ({"average": 0.5}, 3, r"has shapes \[\(2,\)\] but this one has \[\(3,\)\]"),
+    ],
+)
+def test_a_state_of_another_training_is_refused(changes, size, message):
+    saved = trainer(average=0.5).begin(torch.zeros(2, dtype=F64)).state_dict()
+    other = torch.ones(size, dtype=F64)
+    with pytest.raises(ValueError, match=message):
+        trainer(**changes).begin(other).load_state_dict(saved)
+    assert other.eq(1).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"average": 1.0}, "`average` is 1.0"),
+        ({"schedule": 0.5}, "`schedule` is a float"),
+    ],
+)
+def test_wrong_schedules_and_averages_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(**changes)
+
+
+def test_a_record_holds_the_curvature_that_was_met():
+    records = trainer().fit(torch.zeros(2, dtype=F64), task(), 1)
+    assert records[0].curvature == pytest.approx((2.0, 2.0))
+    from bilevel.solvers import FirstOrder
+
+    records = trainer(method=FirstOrder()).fit(torch.zeros(2, dtype=F64), task(), 1)
+    assert records[0].curvature is None
