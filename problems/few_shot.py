@@ -24,14 +24,19 @@ __all__ = ["FewShot"]
 class FewShot(Adaptation):
     """Classify query images after adapting a network to a few support images.
 
-    The inner variable is the dict of adapted parameters φ. The outer variable is θ, a dict like
-    it, or ``{"theta": θ, "log_strength": 0-d}`` where the strength is learned; `initial_outer`
-    makes it. Batches are (images ``[batch, channels, height, width]``, labels ``[batch]`` int64).
+    The inner variable is the dict of adapted parameters φ. The outer variable is θ, or
+    ``{"theta": θ, "log_strength": …}`` where the strength is learned; see `Adaptation`. Batches are
+    (images ``[batch, channels, height, width]``, labels ``[batch]`` int64). An outer batch may hold
+    the support images as a third entry: then the network is called as ``net(params, images,
+    reference)``, and its batch norm takes the statistics of the reference, so that no prediction
+    depends on the other query images.
 
     Args:
         net: ``net(params, images)`` returns logits ``[batch, ways]``.
         strength: λ ≥ 0 of the proximal regularizer; its first value, > 0, where it is learned.
-        learn_strength: Make λ a part of the outer variable, by its logarithm.
+        learn_strength: Make λ a part of the outer variable, by its logarithm: ``"scalar"``,
+            ``"layer"`` or ``"parameter"``.
+        adapted: Names of the parameters that are adapted; None: all.
 
     Raises:
         ValueError: The strength is out of range.
@@ -42,6 +47,12 @@ class FewShot(Adaptation):
         >>> FewShot(net, strength=2.0)
         FewShot(strength=2.0)
     """
+
+    def predict(self, inner: dict[str, Tensor], outer: PyTree, batch: Batch) -> Tensor:
+        """The logits ``[batch, ways]``."""
+        images, _, *reference = batch
+        logits: Tensor = self.net(self.parameters(inner, outer), images, *reference)
+        return logits
 
     def loss(self, prediction: Tensor, outer: PyTree, batch: Batch) -> Tensor:
         """The mean cross entropy."""

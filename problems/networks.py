@@ -3,13 +3,15 @@ r"""Networks for few-shot learning and regression, with seeded initial values.
 The convolutional ones are the two of Rajeswaran et al. (2019) for 28×28 images: four blocks of a
 3×3 convolution, a norm and an activation, with strides (113,221 parameters for 5 classes) or with
 max-pooling (112,261). Batch norm always uses the statistics of the batch at hand, so that each
-network is a pure function of parameters and data.
+network is a pure function of parameters and data. Called as ``net(params, images, reference)``, it
+takes them from the reference images instead (the support set, say), and no prediction depends on
+the other images of its batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +20,9 @@ from .seeding import generator
 
 __all__ = ["Init", "Norm", "conv_pool", "conv_strided", "mlp"]
 
-Norm: TypeAlias = Literal["batch", "group", "layer", "instance"]
-"""Batch statistics; groups of 8 channels; all channels of an image; each channel of an image."""
+Norm: TypeAlias = Literal["batch", "group", "layer", "instance", "none"]
+"""Batch statistics; groups of 8 channels; all channels of an image; each channel of an image; no
+norm at all."""
 
 Init: TypeAlias = Literal["torch", "imaml"]
 """PyTorch's own rule; or that of the code released with iMAML, whose weights are 3 times larger:
@@ -61,13 +64,13 @@ def conv_strided(
     with torch.device("meta"):
         for i in range(blocks):
             layers.append(_conv(in_channels if i == 0 else channels, channels, stride=2))
-            layers += [_norm(norm, channels), activation()]
+            layers += [*_norm(norm, channels), activation()]
             size = (size + 1) // 2
             if i == 1 and blocks > 2:
                 layers.append(nn.ZeroPad2d((0, 1, 0, 1)))
                 size += 1
         layers += [nn.Flatten(), nn.Linear(channels * size**2, ways)]
-        return _initialised(nn.Sequential(*layers), init, seed)
+        return _initialised(_Layers(*layers), init, seed)
 
 
 def conv_pool(
@@ -112,9 +115,9 @@ def conv_pool(
     with torch.device("meta"):
         for i in range(blocks):
             layers.append(_conv(in_channels if i == 0 else channels, channels, stride=1))
-            layers += [_norm(norm, channels), activation(), nn.MaxPool2d(2)]
+            layers += [*_norm(norm, channels), activation(), nn.MaxPool2d(2)]
         layers += [nn.Flatten(), nn.Linear(channels * (size // 2**blocks) ** 2, ways)]
-        return _initialised(nn.Sequential(*layers), init, seed)
+        return _initialised(_Layers(*layers), init, seed)
 
 
 def mlp(
@@ -156,16 +159,39 @@ def _conv(in_channels: int, channels: int, stride: int) -> nn.Module:
     return nn.Conv2d(in_channels, channels, kernel_size=3, stride=stride, padding=1)
 
 
-def _norm(norm: Norm, channels: int) -> nn.Module:
+def _norm(norm: Norm, channels: int) -> list[nn.Module]:
     if norm == "batch":
-        return nn.BatchNorm2d(channels, track_running_stats=False)
+        return [nn.BatchNorm2d(channels, track_running_stats=False)]
     if norm == "group":
-        return nn.GroupNorm(channels // 8 if channels % 8 == 0 else 1, channels)
+        return [nn.GroupNorm(channels // 8 if channels % 8 == 0 else 1, channels)]
     if norm == "layer":
-        return nn.GroupNorm(1, channels)
+        return [nn.GroupNorm(1, channels)]
     if norm == "instance":
-        return nn.InstanceNorm2d(channels, affine=True)
-    raise ValueError(f"`norm` is {norm!r}; pass 'batch', 'group', 'layer' or 'instance'")
+        return [nn.InstanceNorm2d(channels, affine=True)]
+    if norm == "none":
+        return []
+    known = ", ".join(repr(kind) for kind in get_args(Norm))
+    raise ValueError(f"`norm` is {norm!r}; pass one of {known}")
+
+
+class _Layers(nn.Sequential):
+    """Layers in a row; batch norm may take its statistics from reference images."""
+
+    def forward(self, images: Tensor, reference: Tensor | None = None) -> Tensor:
+        if reference is None:
+            return super().forward(images)  # type: ignore[no-any-return]
+        count = len(reference)
+        x = torch.cat([reference, images])
+        for layer in self:
+            x = _normalised(layer, x, count) if isinstance(layer, nn.BatchNorm2d) else layer(x)
+        return x[count:]
+
+
+def _normalised(layer: nn.BatchNorm2d, x: Tensor, count: int) -> Tensor:
+    """Batch norm of all images with the statistics of the first ``count``."""
+    variance, mean = torch.var_mean(x[:count], (0, 2, 3), correction=0, keepdim=True)
+    scale = (variance + layer.eps).rsqrt() * layer.weight[:, None, None]
+    return (x - mean) * scale + layer.bias[:, None, None]
 
 
 def _initialised(module: nn.Module, init: Init, seed: int) -> nn.Module:

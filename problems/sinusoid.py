@@ -20,7 +20,7 @@ from bilevel.solvers import LBFGS
 from bilevel.stateless import stateless
 from bilevel.task import TaskBatch
 
-from .adaptation import Adaptation, Batch
+from .adaptation import Adaptation, Batch, Learned
 from .example import Example
 from .networks import mlp
 from .seeding import generator
@@ -33,13 +33,14 @@ class Sinusoid(Adaptation):
     """Fit a sine wave after adapting a network to a few of its points, by iMAML.
 
     The inner variable is the dict of adapted parameters φ. The outer variable is θ, a dict like
-    it, or ``{"theta": θ, "log_strength": 0-d}`` where the strength is learned; `initial_outer`
+    it, or ``{"theta": θ, "log_strength": …}`` where the strength is learned; `initial_outer`
     makes it. Batches are (u ``[points, 1]``, y ``[points, 1]``), as `SinusoidSampler` draws them.
 
     Args:
         net: ``net(params, u)`` returns ``[points, 1]``; `network` makes one.
         strength: λ ≥ 0 of the proximal regularizer; its first value, > 0, where it is learned.
-        learn_strength: Make λ a part of the outer variable, by its logarithm.
+        learn_strength: Make λ a part of the outer variable, by its logarithm: ``"scalar"``,
+            ``"layer"`` or ``"parameter"``.
 
     Raises:
         ValueError: The strength is out of range.
@@ -53,7 +54,10 @@ class Sinusoid(Adaptation):
     """
 
     def __init__(
-        self, net: Callable[..., Tensor], strength: float = 2.0, learn_strength: bool = False
+        self,
+        net: Callable[..., Tensor],
+        strength: float = 2.0,
+        learn_strength: Learned | None = None,
     ) -> None:
         super().__init__(net, strength, learn_strength)
 

@@ -1,4 +1,8 @@
-"""Few-shot episodes: tasks of a few classes, each drawn afresh from a pool."""
+"""Few-shot episodes: tasks of a few classes, each drawn afresh from a pool.
+
+Drawn on the pool's own device, without a question to it, from a counter-based generator: a number
+is a hash of (seed, step) and of its place, so that an episode is the same on every device.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +36,8 @@ class EpisodeSampler:
         seed: Seed of the sequence of episodes.
         rotations: Turn each class of each task by a random multiple of 90°, support and query
             images alike.
+        reference: Add the support images to each outer batch as a third entry, from which batch
+            norm takes its statistics: then no prediction depends on the other query images.
 
     Raises:
         ValueError: A count is not positive, the pool is too small, or images that shall be turned
@@ -45,6 +51,7 @@ class EpisodeSampler:
     tasks: int
     seed: int = 0
     rotations: bool = True
+    reference: bool = False
 
     def __post_init__(self) -> None:
         for name in ("ways", "shots", "queries", "tasks"):
@@ -84,26 +91,31 @@ class EpisodeSampler:
         """
         if step < 0:
             raise ValueError(f"`step` is {step}; steps count from 0")
-        # Drawn on the CPU, so that an episode is the same on every device.
-        generator = torch.Generator().manual_seed(_mix(self.seed, step))
-        classes = _draw((self.tasks,), len(self.pool), self.ways, generator)
-        examples = _draw(
-            (self.tasks, self.ways), self.pool.examples, self.shots + self.queries, generator
-        )
-        turns = torch.randint(4, (self.tasks, self.ways), generator=generator)
-
         device = self.pool.images.device
-        images = self.pool.images[classes.unsqueeze(-1).to(device), examples.to(device)]
+        sizes = (
+            self.tasks * len(self.pool),
+            self.tasks * self.ways * self.pool.examples,
+            self.tasks * self.ways,
+        )
+        numbers = _numbers(_mix(self.seed, step), sum(sizes), device).split(sizes)
+        classes = _draw(numbers[0].view(self.tasks, len(self.pool)), self.ways)
+        examples = _draw(
+            numbers[1].view(self.tasks, self.ways, self.pool.examples), self.shots + self.queries
+        )
+        images = self.pool.images[classes.unsqueeze(-1), examples]
         if self.rotations:
-            for turn in (1, 2, 3):
-                chosen = (turns == turn).to(device)
-                images[chosen] = images[chosen].rot90(turn, (-2, -1))
+            turns = (numbers[2] & 3).view(self.tasks, self.ways, 1, 1, 1, 1)
+            turned = [images.rot90(turn, (-2, -1)) for turn in (1, 2, 3)]
+            for turn, other in enumerate(turned, start=1):
+                images = torch.where(turns == turn, other, images)
         scale = 255.0 if images.dtype == torch.uint8 else 1.0
         images = images.to(torch.float32) / scale
         support, query = images.split([self.shots, self.queries], dim=2)
+        support, query = support.flatten(1, 2), query.flatten(1, 2)
+        reference = (support,) if self.reference else ()
         return TaskBatch(
-            inner_batch=(support.flatten(1, 2), self._labels(self.shots, device)),
-            outer_batch=(query.flatten(1, 2), self._labels(self.queries, device)),
+            inner_batch=(support, self._labels(self.shots, device)),
+            outer_batch=(query, self._labels(self.queries, device), *reference),
             keys=tuple((self.seed, step, task) for task in range(self.tasks)),
         )
 
@@ -112,9 +124,30 @@ class EpisodeSampler:
         return labels.repeat(self.tasks, 1)
 
 
-def _draw(batch: tuple[int, ...], total: int, count: int, generator: torch.Generator) -> Tensor:
-    """`count` distinct numbers below `total` for each entry of the batch, ``[*batch, count]``."""
-    return torch.rand(*batch, total, generator=generator).argsort(-1)[..., :count]
+def _draw(numbers: Tensor, count: int) -> Tensor:
+    """`count` distinct positions along the last dimension, ``[..., count]``."""
+    return numbers.argsort(-1)[..., :count]
+
+
+def _numbers(key: int, count: int, device: torch.device) -> Tensor:
+    """Pseudo-random int64 ``[count]``: splitmix64 (Steele, Lea and Flood, 2014) from ``key`` on.
+
+    Integers wrap around on every device alike.
+    """
+    x = torch.arange(1, count + 1, device=device) * _signed(0x9E3779B97F4A7C15) + _signed(key)
+    x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """Shifted right, zeros moving in: PyTorch's own shift copies the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(word: int) -> int:
+    """A 64-bit word as the int64 of the same bits."""
+    return word - (1 << 64) if word >= 1 << 63 else word
 
 
 def _mix(seed: int, step: int) -> int:

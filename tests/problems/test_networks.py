@@ -81,7 +81,7 @@ def test_initial_values_of_imaml_have_their_ranges(make):
             assert (layer.bias == 0).all()
 
 
-@pytest.mark.parametrize("norm", ["batch", "group", "layer", "instance"])
+@pytest.mark.parametrize("norm", ["batch", "group", "layer", "instance", "none"])
 @every_network
 def test_every_norm_is_stateless_and_finite(make, norm):
     module = make(norm=norm, activation=nn.Softplus, blocks=3).double()
@@ -105,3 +105,36 @@ def test_settings_are_checked():
         conv_pool(5, size=8)
     with pytest.raises(ValueError, match="sizes"):
         mlp((1,))
+
+
+# Batch norm with the statistics of a reference
+
+
+@every_network
+def test_a_reference_makes_predictions_independent_of_each_other(make):
+    module = make().double()
+    params, net = stateless(module)
+    images = torch.rand(6, 1, 28, 28, dtype=torch.float64)
+    support = torch.rand(5, 1, 28, 28, dtype=torch.float64)
+    together = net(params, images, support)
+    alone = torch.cat([net(params, image[None], support) for image in images])
+    torch.testing.assert_close(together, alone)
+    assert not torch.allclose(net(params, images), torch.cat([net(params, images[:3])] * 2))
+
+
+@every_network
+def test_images_that_are_their_own_reference_are_normalised_as_usual(make):
+    module = make().double()
+    for layer in module:
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.uniform_(layer.weight)
+            nn.init.uniform_(layer.bias)
+    params, net = stateless(module)
+    images = torch.rand(5, 1, 28, 28, dtype=torch.float64)
+    torch.testing.assert_close(net(params, images, images), net(params, images))
+
+
+def test_no_norm_leaves_out_its_layers():
+    module = conv_strided(5, channels=4, norm="none")
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in module)
+    assert count(module) == count(conv_strided(5, channels=4)) - 4 * 2 * 4

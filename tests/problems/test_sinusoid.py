@@ -62,7 +62,7 @@ def test_published_network_adapts(activation):
 
 def test_learned_strength(relative_error, dense_hypergradient):
     example = Sinusoid.example()
-    problem = Sinusoid(example.problem.net, strength=15.0, learn_strength=True)
+    problem = Sinusoid(example.problem.net, strength=15.0, learn_strength="scalar")
     outer = problem.initial_outer(example.outer)
     found = hypergradient(
         problem,

@@ -164,3 +164,43 @@ def test_turning_needs_square_images():
 def test_negative_steps_are_refused():
     with pytest.raises(ValueError, match="`step` is -1"):
         EpisodeSampler(marked(2, 2), 2, 1, 1, 1)(-1)
+
+
+def test_numbers_are_those_of_splitmix64():
+    """Against the generator written in Python's own integers."""
+    from bilevel.problems.data.episodes import _numbers
+
+    def splitmix64(state):
+        word = (1 << 64) - 1
+        x = state & word
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & word
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & word
+        return x ^ (x >> 31)
+
+    # The first outputs from the state 1234567, as published with the generator.
+    published = [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    step = 0x9E3779B97F4A7C15
+    assert [splitmix64(1234567 + step * i) for i in (1, 2, 3)] == published
+    for key in (1234567, 2**63 + 5, 2**64 - 1, 0):
+        found = _numbers(key, 1000, torch.device("cpu"))
+        expected = [splitmix64(key + step * i) for i in range(1, 1001)]
+        assert [x % 2**64 for x in found.tolist()] == expected
+
+
+def test_every_class_example_and_turn_is_as_likely():
+    pool = marked(8, 5)
+    sampler = EpisodeSampler(pool, 2, 1, 1, tasks=4000, seed=3)
+    classes, examples, turned, _ = read(sampler(0))
+    for values, kinds in ((classes, 8), (examples, 5), (turned, 4)):
+        shares = torch.bincount(values.flatten(), minlength=kinds) / values.numel()
+        # Sixteen thousand draws: five standard errors are at most 0.017.
+        assert (shares - 1 / kinds).abs().max() < 0.018
+
+
+def test_the_support_images_come_along_as_reference():
+    sampler = EpisodeSampler(marked(6, 7), 3, 2, 1, tasks=2, reference=True)
+    batch = sampler(0)
+    assert batch.outer_batch[2].equal(batch.inner_batch[0])
+    plain = EpisodeSampler(marked(6, 7), 3, 2, 1, tasks=2)(0)
+    assert len(plain.outer_batch) == 2
+    assert plain.outer_batch[0].equal(batch.outer_batch[0])
