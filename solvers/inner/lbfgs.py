@@ -22,10 +22,9 @@ from bilevel.pytree import PyTree
 from bilevel.registry import INNER_SOLVERS
 from bilevel.rows import column, dot, norm
 
-__all__ = ["LBFGS"]
+from .line_search import backtrack
 
-_ARMIJO = 1e-4
-_HALVINGS = 25
+__all__ = ["LBFGS"]
 
 
 @INNER_SOLVERS.register("lbfgs")
@@ -93,7 +92,9 @@ class LBFGS(InnerSolver):
         # Tasks that are done, or have nowhere to go, must not keep the others searching.
         size = norm(gradient)
         rest = state["stuck"] | (size <= (self.tol or 0.0)) | ~size.isfinite()
-        new_z, value, new_gradient, found = _backtrack(flat, z, state, direction, slope, rest)
+        new_z, value, new_gradient, found = backtrack(
+            flat, z, state["value"], gradient, direction, slope, rest
+        )
         s, y = new_z - z, new_gradient - gradient
         sy, yy, ss = dot(s, y), dot(y, y), dot(s, s)
         # A NaN fails the comparison and is skipped like negative curvature.
@@ -125,42 +126,6 @@ def _two_loops(state: Any, gradient: Tensor) -> Tensor:
     for i, alpha in zip(range(len(s)), reversed(alphas), strict=True):
         q = q + column(alpha - rho[i] * dot(y[i], q), q) * s[i]
     return q
-
-
-def _backtrack(
-    flat: FlatProblem, z: Tensor, state: Any, direction: Tensor, slope: Tensor, rest: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Halve each task's step until Armijo's condition holds; a task without one stays.
-
-    Returns the point, its value and gradient, and whether a step length was found.
-    """
-    start_value, start_gradient = state["value"], state["gradient"]
-    # Near the solution the decrease drowns in rounding: there the slope decides (the approximate
-    # Wolfe condition of Hager and Zhang, 2005).
-    noise = torch.finfo(z.dtype).eps ** (2 / 3) * (start_value.abs() + 1.0)
-    length = torch.ones_like(slope)
-    done = rest
-    best_z, best_value, best_gradient = z, start_value, start_gradient
-    for _ in range(_HALVINGS):
-        trial = z + column(length, z) * direction
-        value, gradient = flat.value_and_gradient(trial)
-        value = value.double()
-        armijo = value <= start_value + _ARMIJO * length * slope
-        flatter = dot(gradient, direction).abs() <= 0.9 * slope.abs()
-        accept = (
-            ~done
-            & (armijo | (flatter & (value <= start_value + noise)))
-            & gradient.isfinite().all(-1)
-        )
-        rows = accept.unsqueeze(-1)
-        best_z = torch.where(rows, trial, best_z)
-        best_gradient = torch.where(rows, gradient, best_gradient)
-        best_value = torch.where(accept, value, best_value)
-        done = done | accept
-        if bool(done.all()):
-            break
-        length = torch.where(done, length, 0.5 * length)
-    return best_z, best_value, best_gradient, done
 
 
 def _push(history: Tensor, new: Tensor, keep: Tensor) -> Tensor:
