@@ -8,7 +8,7 @@ from .hypergradient import (
     NeumannSeries,
     Unrolled,
 )
-from .inner import LBFGS, ClosedForm, GradientDescent, TorchOptimizer
+from .inner import LBFGS, ClosedForm, GradientDescent, HessianFree, TorchOptimizer
 from .linear import (
     CG,
     GMRES,
@@ -39,6 +39,7 @@ __all__ = [
     "DenseExact",
     "FirstOrder",
     "GradientDescent",
+    "HessianFree",
     "Implicit",
     "ImplicitCG",
     "JacobiPreconditioner",

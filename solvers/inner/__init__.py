@@ -2,7 +2,8 @@
 
 from .closed_form import ClosedForm
 from .gradient_descent import GradientDescent
+from .hessian_free import HessianFree
 from .lbfgs import LBFGS
 from .torch_optimizer import TorchOptimizer
 
-__all__ = ["LBFGS", "ClosedForm", "GradientDescent", "TorchOptimizer"]
+__all__ = ["LBFGS", "ClosedForm", "GradientDescent", "HessianFree", "TorchOptimizer"]

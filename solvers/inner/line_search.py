@@ -1,6 +1,7 @@
 r"""Backtracking until Armijo's condition holds, with one step length for each task.
 
-$$G(z + t d) \le G(z) + 10^{-4}\, t\, \partial_z G^\top d, \qquad t = 1, \tfrac12, \tfrac14, \ldots$$
+$$G(z + t d) \le G(z) + 10^{-4}\, t\, \partial_z G^\top d,
+  \qquad t = 1, \tfrac12, \tfrac14, \ldots$$
 
 Near the solution the decrease drowns in rounding: there the slope decides (the approximate Wolfe
 condition of Hager and Zhang, 2005).
