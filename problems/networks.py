@@ -11,7 +11,7 @@ the other images of its batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -160,18 +160,17 @@ def _conv(in_channels: int, channels: int, stride: int) -> nn.Module:
 
 
 def _norm(norm: Norm, channels: int) -> list[nn.Module]:
-    if norm == "batch":
-        return [nn.BatchNorm2d(channels, track_running_stats=False)]
-    if norm == "group":
-        return [nn.GroupNorm(channels // 8 if channels % 8 == 0 else 1, channels)]
-    if norm == "layer":
-        return [nn.GroupNorm(1, channels)]
-    if norm == "instance":
-        return [nn.InstanceNorm2d(channels, affine=True)]
-    if norm == "none":
-        return []
-    known = ", ".join(repr(kind) for kind in get_args(Norm))
-    raise ValueError(f"`norm` is {norm!r}; pass one of {known}")
+    makers: dict[str, Callable[[], list[nn.Module]]] = {
+        "batch": lambda: [nn.BatchNorm2d(channels, track_running_stats=False)],
+        "group": lambda: [nn.GroupNorm(channels // 8 if channels % 8 == 0 else 1, channels)],
+        "layer": lambda: [nn.GroupNorm(1, channels)],
+        "instance": lambda: [nn.InstanceNorm2d(channels, affine=True)],
+        "none": list,
+    }
+    if norm not in makers:
+        known = ", ".join(repr(kind) for kind in makers)
+        raise ValueError(f"`norm` is {norm!r}; pass one of {known}")
+    return makers[norm]()
 
 
 class _Layers(nn.Sequential):
