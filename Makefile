@@ -17,7 +17,7 @@ OUTSIDE := build/outside
 # The wheel as a user has it: an environment of its own, the dependencies shared with .venv.
 INSTALLED := $(CURDIR)/build/installed/bin/python
 
-SOURCES := bilevel problems solvers $(shell find bilevel problems solvers -type d -o -name '*.py')
+SOURCES := bilevel experiments problems solvers $(shell find bilevel experiments problems solvers -type d -o -name '*.py')
 
 .PHONY: help train test lint format types wheel wheel-test docs ci clean
 
@@ -42,10 +42,11 @@ format: .venv/.dev  ## Mend style
 # installs, made of links, and report the paths as they are in the repository.
 types: .venv/.dev  ## Check types
 	rm -rf build/types && mkdir -p build/types/bilevel
-	ln -s $(CURDIR)/bilevel/* $(CURDIR)/problems $(CURDIR)/solvers build/types/bilevel/
+	ln -s $(CURDIR)/bilevel/* $(CURDIR)/experiments $(CURDIR)/problems $(CURDIR)/solvers \
+	    build/types/bilevel/
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
 	    --cache-dir $(CURDIR)/.mypy_cache --package bilevel \
-	    | sed -E 's,^bilevel/(problems|solvers)/,\1/,'
+	    | sed -E 's,^bilevel/(experiments|problems|solvers)/,\1/,'
 
 wheel: dist/.checked  ## Build the source distribution, and the wheel from it
 

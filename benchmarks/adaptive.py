@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from results import Row, write_results
 
 from bilevel import hypergradient, minimize
 from bilevel.accuracy import AccuracyPolicy, ErrorDrivenAccuracy, FixedAccuracy, ScheduledAccuracy
+from bilevel.experiments.results import Row, write_results
 from bilevel.problems import Logistic, Quadratic
 from bilevel.problems.example import Example
 from bilevel.solvers import LBFGS, ImplicitCG

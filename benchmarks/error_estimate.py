@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 from random_problems import ERRORS, FAMILIES, draw
-from results import Row, write_results
 from torch import Tensor
 
 from bilevel import Status, hypergradient
+from bilevel.experiments.results import Row, write_results
 from bilevel.problems import Logistic, Quadratic, Ridge
 from bilevel.pytree import tree_leaves
 from bilevel.solvers import DenseExact, GradientDescent, ImplicitCG

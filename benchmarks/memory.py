@@ -17,10 +17,10 @@ from pathlib import Path
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler reports every start otherwise
 
 import torch
-from results import Row, write_results
 
 import bilevel.solvers as solvers
 from bilevel import hypergradient, stateless
+from bilevel.experiments.results import Row, write_results
 from bilevel.memory import peak_bytes
 from bilevel.problems import EpisodeSampler, FewShot, conv_strided, glyphs
 

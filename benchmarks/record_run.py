@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from results import Row, write_results
+from bilevel.experiments.results import Row, write_results
 
 
 def rows_of(result: dict[str, Any], settings: dict[str, Any]) -> list[Row]:
@@ -58,7 +58,7 @@ def main() -> None:
         seeds=[settings["seed"]],
         device=settings["device"],
         command=command_of(settings),
-        commit=args.commit,
+        measured_at=args.commit,
     )
     shutil.copyfile(args.run / "learning-curve.png", path.with_suffix(".png"))
     if args.log:

@@ -264,6 +264,11 @@ class FlatProblem:
         """The regularizer's strength, 0-d or to be broadcast with ``[tasks, n]``; None without."""
         return self._strength
 
+    @property
+    def center(self) -> Tensor:
+        """The regularizer's center, to be broadcast with ``[tasks, n]``; if there is one."""
+        return self._center
+
     def outer_of(self, i: int) -> PyTree:
         """The outer variable of task ``i``, detached."""
         leaves = [leaf.detach() for leaf in self.outer.leaves]

@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +28,10 @@ CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 CURVE = "learning-curve.png"
 WEIGHTS = "weights.pt"
+CHECKPOINT = "checkpoint.pt"
+PROBES = "probes.jsonl"
 RESULT = "result.json"
-_FILES = (CONFIG, METRICS, CURVE, WEIGHTS, RESULT)
+_FILES = (CONFIG, METRICS, PROBES, CURVE, CHECKPOINT, WEIGHTS, RESULT)
 
 
 class RunFolderError(BilevelError, OSError):
@@ -43,6 +46,7 @@ class RunFolder:
         path: The folder.
         overwrite: Take a folder that is not empty, and remove the files of an earlier run from it;
             other files in it stay.
+        resume: Take a folder as an earlier run left it.
 
     Raises:
         RunFolderError: The folder is not empty and ``overwrite`` is False, or it cannot be written.
@@ -57,22 +61,28 @@ class RunFolder:
 
     path: Path
     overwrite: bool = False
+    resume: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", Path(self.path))
         with _explained(f"the run folder '{self.path}' cannot be made"):
             self.path.mkdir(parents=True, exist_ok=True)
             full = any(self.path.iterdir())
-        if full and not self.overwrite:
+        if full and not (self.overwrite or self.resume):
             raise RunFolderError(
-                f"the run folder '{self.path}' is not empty; choose another folder, or replace "
-                "the run in it by overwrite=True (on the command line, --overwrite)"
+                f"the run folder '{self.path}' is not empty; choose another folder, go on with the "
+                "run in it by resume=True (on the command line, --resume), or replace it by "
+                "overwrite=True (--overwrite)"
             )
         with _explained(f"the run folder '{self.path}' cannot be written"):
-            for name in _FILES:
-                (self.path / name).unlink(missing_ok=True)
+            if not self.resume:
+                for name in _FILES:
+                    (self.path / name).unlink(missing_ok=True)
             # Find out now, and not after minutes of training, whether files can be made here.
-            self._replace(METRICS, lambda file: None)
+            if not (self.path / METRICS).exists():
+                self._replace(METRICS, lambda file: None)
+            else:
+                self._replace(METRICS, lambda file: file.write(_whole_lines(self.path / METRICS)))
 
     def write_json(self, name: str, value: Any) -> Path:
         """Write ``value`` as indented JSON; numbers that are not finite become null."""
@@ -84,16 +94,64 @@ class RunFolder:
         tensors = tree_map(lambda x: x.detach().cpu() if isinstance(x, Tensor) else x, outer)
         return self.write(name, lambda file: torch.save(tensors, file))
 
-    def append(self, record: dict[str, Any]) -> None:
-        """Append one record to the metrics, as one line that is on its way to disk on return."""
-        line = json.dumps(_plain(record), ensure_ascii=False, allow_nan=False) + "\n"
+    def has(self, name: str) -> bool:
+        """Whether a file of that name is there."""
+        return (self.path / name).is_file()
+
+    def read_json(self, name: str) -> Any:
+        """What `write_json` wrote.
+
+        Raises:
+            RunFolderError: The file cannot be read, or is no JSON.
+        """
+        with _explained(f"'{self.path / name}' cannot be read", cure="start the run anew"):
+            text = (self.path / name).read_bytes()
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise RunFolderError(
+                f"'{self.path / name}' is no JSON ({error}); start the run anew with --overwrite"
+            ) from error
+
+    def save_checkpoint(self, state: dict[str, Any]) -> Path:
+        """Save all that a resumption needs: tensors and plain values."""
+        return self.write(CHECKPOINT, lambda file: torch.save(state, file))
+
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """What `save_checkpoint` wrote, its tensors on the CPU; None where nothing was saved.
+
+        Raises:
+            RunFolderError: The file is damaged.
+        """
+        if not self.has(CHECKPOINT):
+            return None
+        path = self.path / CHECKPOINT
+        try:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else "no content"
+            raise RunFolderError(
+                f"'{path}' cannot be read ({reason}); start the run anew with --overwrite"
+            ) from error
+        return state
+
+    def keep_records(self, count: int, name: str = METRICS) -> list[dict[str, Any]]:
+        """Keep the records of steps below ``count`` and drop those after; return what is kept."""
+        records = [one for one in read_metrics(self.path / name) if one["step"] < count]
+        lines = b"".join(_line(record) for record in records)
+        self.write(name, lambda file: _put(file, lines))
+        return records
+
+    def append(self, record: dict[str, Any], name: str = METRICS) -> None:
+        """Append one record to a file of them, as one line that is on its way to disk on return."""
+        line = _line(record)
         with (
-            _explained(f"'{self.path / METRICS}' cannot be written"),
-            open(self.path / METRICS, "ab", buffering=0) as file,
+            _explained(f"'{self.path / name}' cannot be written"),
+            open(self.path / name, "ab", buffering=0) as file,
         ):
             end = file.tell()
             try:
-                _put(file, line.encode())
+                _put(file, line)
             except OSError:
                 file.truncate(end)
                 raise
@@ -149,6 +207,16 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             raise RunFolderError(f"'{path}' line {number} is no JSON object; remove the line")
         records.append(record)
     return records
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    return (json.dumps(_plain(record), ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _whole_lines(path: Path) -> bytes:
+    """The content up to its last line end: a run that died may have left a part of a line."""
+    content = path.read_bytes()
+    return content[: content.rfind(b"\n") + 1]
 
 
 def _put(file: Any, data: bytes) -> None:

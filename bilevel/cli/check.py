@@ -7,10 +7,11 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from bilevel.build import build, find
 from bilevel.check import check_hypergradient
 from bilevel.registry import METHODS, PROBLEMS
 
-from .siblings import build, find, parse_options, registries
+from .siblings import parse_options, registries
 
 __all__ = ["check"]
 

@@ -9,10 +9,11 @@ from typing import Annotated, Any, Literal
 import torch
 import typer
 
+from bilevel.build import build, find
 from bilevel.compare import compare as run_comparison
 from bilevel.registry import METHODS, PROBLEMS
 
-from .siblings import build, find, load, parse_options, registries
+from .siblings import load, parse_options, registries
 
 __all__ = ["compare"]
 

@@ -49,15 +49,15 @@ class Display:
         self.console.print(f"\n[bold]{title}[/bold]", grid, "", sep="\n")
 
     @contextlib.contextmanager
-    def training(self, steps: int, minutes: float | None) -> Iterator[TrainingBar]:
-        """Show training while the context lasts."""
+    def training(self, steps: int, minutes: float | None, done: int = 0) -> Iterator[TrainingBar]:
+        """Show training while the context lasts; ``done`` steps were taken earlier."""
         bar: TrainingBar
         if self.quiet:
-            yield _NoBar(steps, minutes)
+            yield _NoBar(steps, minutes, done)
         elif not self.console.is_terminal:
-            yield _Lines(steps, minutes, self.console)
+            yield _Lines(steps, minutes, done, self.console)
         else:
-            bar = _LiveBar(steps, minutes)
+            bar = _LiveBar(steps, minutes, done)
             with Live(bar.render(), console=self.console, refresh_per_second=4) as live:
                 bar.live = live
                 yield bar
@@ -126,13 +126,13 @@ class EvaluationBar:
 class TrainingBar(ABC):
     """Moving means over the last steps, counts over all, and the time that is left."""
 
-    def __init__(self, steps: int, minutes: float | None) -> None:
+    def __init__(self, steps: int, minutes: float | None, done: int) -> None:
         self.steps = steps
         self.budget = None if minutes is None else 60 * minutes
         self.recent: deque[Record] = deque(maxlen=_WINDOW)
-        self.done = 0
+        self.done = done
         self.flagged = 0
-        self.fraction = 0.0
+        self.before = self.fraction = done / max(1, steps)
         self.started = time.perf_counter()
 
     def update(self, record: Record, cpu_seconds: float) -> None:
@@ -164,7 +164,7 @@ class TrainingBar(ABC):
             "linear residual": self._linear(),
             "tasks/s": f"{tasks / seconds:.1f}",
             "flagged": str(self.flagged),
-            "left": _clock(elapsed * (1 / self.fraction - 1)),
+            "left": _clock(elapsed * (1 - self.fraction) / max(self.fraction - self.before, 1e-9)),
         }
 
     def _linear(self) -> str:
@@ -186,8 +186,8 @@ class _NoBar(TrainingBar):
 class _Lines(TrainingBar):
     """A plain line now and then, for logs."""
 
-    def __init__(self, steps: int, minutes: float | None, console: Console) -> None:
-        super().__init__(steps, minutes)
+    def __init__(self, steps: int, minutes: float | None, done: int, console: Console) -> None:
+        super().__init__(steps, minutes, done)
         self.console = console
         self.every = max(1, steps // _LINES)
         self.last = time.perf_counter()
@@ -205,8 +205,8 @@ class _Lines(TrainingBar):
 class _LiveBar(TrainingBar):
     """A bar with a row of figures below it."""
 
-    def __init__(self, steps: int, minutes: float | None) -> None:
-        super().__init__(steps, minutes)
+    def __init__(self, steps: int, minutes: float | None, done: int) -> None:
+        super().__init__(steps, minutes, done)
         self.live: Live | None = None
         self.progress = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=None), TaskProgressColumn()

@@ -7,10 +7,11 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from bilevel.build import build, find
 from bilevel.doctor import doctor as examine
 from bilevel.registry import INNER_SOLVERS, METHODS, PROBLEMS
 
-from .siblings import build, find, parse_options, registries
+from .siblings import parse_options, registries
 
 __all__ = ["doctor"]
 

@@ -1,10 +1,9 @@
-"""The siblings of the core, loaded at run time, and objects built from what a user types."""
+"""The siblings of the core, loaded at run time, and options as a user types them."""
 
 from __future__ import annotations
 
 import importlib
-import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from bilevel.registry import (
@@ -16,7 +15,7 @@ from bilevel.registry import (
     Registry,
 )
 
-__all__ = ["build", "find", "load", "parse_options", "registries"]
+__all__ = ["load", "parse_options", "registries"]
 
 
 def load(name: str) -> Any:
@@ -29,17 +28,6 @@ def registries() -> tuple[Registry[Any], ...]:
     load("solvers")
     load("problems")
     return PROBLEMS, INNER_SOLVERS, METHODS, LINEAR_SOLVERS, PRECONDITIONERS
-
-
-def find(kind: str, name: str, known: Mapping[str, Any]) -> Any:
-    """What ``name`` stands for.
-
-    Raises:
-        ValueError: There is no such name; those that are known are listed.
-    """
-    if name not in known:
-        raise ValueError(f"there is no {kind} '{name}'; known: {', '.join(known)}")
-    return known[name]
 
 
 def parse_options(texts: Iterable[str], flag: str) -> dict[str, Any]:
@@ -55,34 +43,6 @@ def parse_options(texts: Iterable[str], flag: str) -> dict[str, Any]:
             raise ValueError(f"`{flag}` is '{text}'; write key=value, such as max_steps=10")
         options[key.strip()] = _value(value.strip())
     return options
-
-
-def build(registry: Registry[Any], name: str, options: Mapping[str, Any]) -> Any:
-    """Build what is registered under ``name``.
-
-    Args:
-        registry: Where the name is registered.
-        name: The name.
-        options: Arguments by name; ``linear_solver`` and ``preconditioner`` are names, too, and get
-            their defaults.
-
-    Raises:
-        ValueError: There is no such name, an option is unknown, or one is missing or out of range.
-    """
-    parameters = inspect.signature(registry[name]).parameters
-    free = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    known = [key for key, p in parameters.items() if p.kind is not p.VAR_KEYWORD]
-    unknown = [key for key in options if key not in known and not free]
-    if unknown:
-        raise ValueError(
-            f"the {registry.kind} '{name}' has no option '{unknown[0]}'; "
-            f"known: {', '.join(known) or 'none'}"
-        )
-    given = dict(options)
-    for key, kinds in (("linear_solver", LINEAR_SOLVERS), ("preconditioner", PRECONDITIONERS)):
-        if isinstance(given.get(key), str):
-            given[key] = build(kinds, given[key], {})
-    return registry.build(name, **given)
 
 
 def _value(text: str) -> Any:

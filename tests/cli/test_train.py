@@ -12,12 +12,19 @@ import pytest
 import torch
 
 import bilevel
-from bilevel.cli.imaml import Accuracy, Settings, build, evaluate
+from bilevel.experiments.few_shot import Accuracy, Settings, evaluate, make_job
 from bilevel.run_folder import read_metrics
 
-FILES = ["config.json", "learning-curve.png", "metrics.jsonl", "result.json", "weights.pt"]
+FILES = [
+    "checkpoint.pt",
+    "config.json",
+    "learning-curve.png",
+    "metrics.jsonl",
+    "result.json",
+    "weights.pt",
+]
 NAMES = {
-    "imaml": "iMAML",
+    "trained": "iMAML",
     "untrained": "untrained network, adapted alike",
     "nearest_neighbour": "pixel nearest neighbour",
 }
@@ -63,12 +70,12 @@ def test_the_weights_are_those_that_were_evaluated(train, tmp_path):
     assert train("--out", "run").exit_code == 0
     result = json.loads((tmp_path / "run/result.json").read_text())
     weights = torch.load(tmp_path / "run/weights.pt", weights_only=True)
-    job = build(
+    job = make_job(
         Settings(ways=3, queries=2, tasks=2, channels=4, inner_steps=2, steps=3, eval_tasks=5)
     )
     trained = Accuracy.of(evaluate(job, weights, lambda count: None))
     before = Accuracy.of(evaluate(job, job.outer, lambda count: None))
-    assert trained.mean == pytest.approx(result["accuracy"]["imaml"]["mean"], abs=1e-12)
+    assert trained.mean == pytest.approx(result["accuracy"]["trained"]["mean"], abs=1e-12)
     assert before.mean == pytest.approx(result["accuracy"]["untrained"]["mean"], abs=1e-12)
 
 
@@ -96,7 +103,7 @@ def test_accuracy_has_its_interval():
         ["--method", "implicit", "--method-option", "linear_solver=dense"],
         ["--inner-solver", "torch-optimizer", "--inner-option", "cls=SGD"],
         ["--inner-solver", "lbfgs"],
-        ["--network", "pool", "--learn-strength"],
+        ["--network", "pool", "--learn-strength", "scalar"],
     ],
     ids=" ".join,
 )
@@ -136,7 +143,7 @@ def test_a_budget_of_cpu_minutes_ends_training(train, tmp_path):
         (["--method-option", "steps=3"], "'cg' has no option 'steps'; known: .*max_steps"),
         (["--method-option", "rtol"], "`--method-option` is 'rtol'; write key=value"),
         (["--inner-option", "momentum=two"], "inner solver 'gradient-descent'|momentum"),
-        (["--device", "abacus"], "`--device` is 'abacus', which cannot be used"),
+        (["--device", "abacus"], "`device` is 'abacus', which cannot be used"),
         (["--shots", "9"], "`shots` . `queries` is 9 . 2"),
         (["--ways", "90"], "`ways` is 90, but the pool has"),
         (["--data", "omniglot"], "BILEVEL_DATA"),

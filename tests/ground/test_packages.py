@@ -12,11 +12,16 @@ except ModuleNotFoundError:  # Python 3.10
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]
-FOLDERS = {"bilevel": "bilevel", "bilevel.problems": "problems", "bilevel.solvers": "solvers"}
+FOLDERS = {
+    "bilevel": "bilevel",
+    "bilevel.experiments": "experiments",
+    "bilevel.problems": "problems",
+    "bilevel.solvers": "solvers",
+}
 
 
 def folders_with_code() -> set[str]:
-    """Import names of the folders in the three rooms that hold a Python file."""
+    """Import names of the folders in the four rooms that hold a Python file."""
     return {
         ".".join([name, *path.parent.relative_to(ROOT / folder).parts])
         for name, folder in FOLDERS.items()

@@ -1,4 +1,4 @@
-"""The results file that every benchmark writes, and the docs read."""
+"""The results file that every benchmark and every reproduction writes, and the docs read."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import datetime as dt
 import json
 import os
 import platform
+import shutil
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["Row", "write_results"]
+import bilevel
+
+__all__ = ["Row", "commit", "processor", "write_results"]
 
 
 @dataclass(frozen=True)
@@ -44,16 +47,27 @@ def write_results(
     seeds: list[int],
     device: str = "cpu",
     command: str | None = None,
-    commit: str | None = None,
+    measured_at: str | None = None,
 ) -> Path:
-    """Write ``folder/name.json`` with where, when and by which command it was measured."""
+    """Write ``folder/name.json`` with where, when and by which command it was measured.
+
+    Args:
+        folder: Where; made if it does not exist.
+        name: Name of the file, without its ending.
+        argv: The command, where it is a script of ``benchmarks/``.
+        rows: The numbers.
+        seeds: Seeds.
+        device: ``"cpu"``, or the name of the accelerator.
+        command: The command, where it is none of ``benchmarks/``.
+        measured_at: The commit that ran; default: the one at hand.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     content = {
         "name": name,
         "command": command or " ".join(["python", "benchmarks/" + Path(argv[0]).name, *argv[1:]]),
-        "commit": commit or _commit(),
+        "commit": measured_at or commit(),
         "date": dt.date.today().isoformat(),
-        "machine": f"{_processor()}, {os.cpu_count()} cores, torch {torch.__version__}, "
+        "machine": f"{processor()}, {os.cpu_count()} cores, torch {torch.__version__}, "
         f"{torch.get_num_threads()} threads",
         "device": device,
         "seeds": seeds,
@@ -66,13 +80,23 @@ def write_results(
     return path
 
 
-def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+def commit() -> str:
+    """The commit that the package runs from, or its version where that is no git checkout."""
+    here = Path(__file__)
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(here.parent), *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    # An installed package may lie inside somebody else's checkout.
+    if shutil.which("git") is None or not git("ls-files", here.name):
+        return f"version {bilevel.__version__}"
+    return git("describe", "--always", "--dirty")
 
 
-def _processor() -> str:
+def processor() -> str:
+    """What the machine calls its processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

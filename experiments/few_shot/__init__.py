@@ -1,0 +1,17 @@
+"""Few-shot learning: one harness for iMAML and for what it is compared with."""
+
+from .job import Job, make_job
+from .run import Accuracy, Watcher, evaluate, run
+from .settings import LEARNERS, Learner, Settings
+
+__all__ = [
+    "LEARNERS",
+    "Accuracy",
+    "Job",
+    "Learner",
+    "Settings",
+    "Watcher",
+    "evaluate",
+    "make_job",
+    "run",
+]

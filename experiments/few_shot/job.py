@@ -1,0 +1,283 @@
+"""A run put together: problem, data, inner solver, method, and the outer variable to train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+import bilevel.problems as problems
+import bilevel.solvers
+from bilevel import TaskBatch, Trainer, stateless
+from bilevel.build import build, find
+from bilevel.inner_solver import InnerSolver
+from bilevel.method import HypergradientMethod
+from bilevel.problems import EpisodeSampler, FewShot, ImageClasses, data
+from bilevel.pytree import PyTree, tree_leaves
+from bilevel.registry import INNER_SOLVERS, METHODS
+
+from .released import PullBack, ReleasedCG
+from .reptile import Reptile
+from .settings import Settings
+
+__all__ = ["Job", "make_job"]
+
+# The classes are parted alike for every seed, so that runs can be compared.
+_SPLIT_SEED = 0
+_NETWORKS = {"strided": problems.conv_strided, "pool": problems.conv_pool}
+_ACTIVATIONS = {"relu": nn.ReLU, "softplus": nn.Softplus, "silu": nn.SiLU, "tanh": nn.Tanh}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A problem with its data and the choices that solve it; ``outer`` is trained in place.
+
+    Attributes:
+        settings: What it was made from, nothing left open.
+        problem: The problem that is trained on.
+        test_problem: The problem that test tasks are adapted by.
+        outer: The outer variable.
+        inner_solver: The inner solver in training.
+        test_solver: The inner solver for test tasks.
+        method: The hypergradient method.
+        training: The tasks of a meta-step, by its number.
+        held_out: Tasks of held-out classes, by the number of their chunk.
+    """
+
+    settings: Settings
+    problem: FewShot
+    test_problem: FewShot
+    outer: PyTree
+    inner_solver: InnerSolver
+    test_solver: InnerSolver
+    method: HypergradientMethod
+    training: EpisodeSampler
+    held_out: EpisodeSampler
+
+    def trainer(self) -> Trainer:
+        """The outer loop: Adam on θ, with another rate for log λ where it is learned."""
+        settings = self.settings
+        log_strength: set[int] = set()
+        if isinstance(self.outer, dict) and "log_strength" in self.outer:
+            log_strength = {id(leaf) for leaf in tree_leaves(self.outer["log_strength"])}
+
+        def optimizer(leaves: list[torch.Tensor]) -> torch.optim.Optimizer:
+            groups = [{"params": [x for x in leaves if id(x) not in log_strength]}]
+            if settings.learn_strength is not None:
+                chosen = [x for x in leaves if id(x) in log_strength]
+                groups.append({"params": chosen, "lr": settings.strength_lr})  # type: ignore[dict-item]
+            return torch.optim.Adam(groups, lr=settings.lr, eps=settings.eps)
+
+        def cosine(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+            return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
+
+        return Trainer(
+            self.problem,
+            inner_solver=self.inner_solver,
+            method=self.method,
+            optimizer=optimizer,
+            schedule=cosine if settings.lr_schedule == "cosine" and settings.steps else None,
+            average=settings.average or None,
+            clip=settings.clip or None,
+            on_failure="mean",
+        )
+
+    def prepare(self, outer: PyTree, step: int) -> None:
+        """Set what is scheduled to its value at a meta-step, in place."""
+        settings = self.settings
+        if settings.strength_end is None:
+            return
+        share = min(1.0, step / max(1, settings.steps - 1))
+        strength = settings.strength * (settings.strength_end / settings.strength) ** share
+        with torch.no_grad():
+            outer["log_strength"].fill_(strength).log_()
+
+    def held_out_tasks(self) -> Iterator[TaskBatch]:
+        """The held-out tasks, the same ones at every call."""
+        left = self.settings.eval_tasks
+        chunk = self.held_out.tasks
+        for step in range(-(-left // chunk)):
+            batch = self.held_out(step)
+            yield batch if left >= chunk else batch.select(torch.arange(left))
+            left -= chunk
+
+    @property
+    def choices(self) -> dict[str, str]:
+        """The choices, for people."""
+        settings = self.settings
+        size = sum(leaf.numel() for leaf in tree_leaves(self.outer))
+        return {
+            "problem": repr(self.problem),
+            "network": f"{settings.network}, {settings.channels} channels, {size:,} parameters",
+            "inner solver": repr(self.inner_solver),
+            "method": repr(self.method),
+            "meta-step": f"Adam(lr={settings.lr:g}) on {settings.tasks} tasks",
+        }
+
+
+def make_job(settings: Settings) -> Job:
+    """Put a run together.
+
+    Raises:
+        ValueError: A setting names nothing that is known, or is out of range.
+        DataError: The data set cannot be read.
+    """
+    settings = settings.checked()
+    device = _device(settings.device)
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    inner_solver, method = _inner_solver(settings), _method(settings)
+    make_network = find("network", settings.network, _NETWORKS)
+    activation = find("activation", settings.activation, _ACTIVATIONS)
+
+    pools = find("data set", settings.data, _POOLS)
+    usual = settings.data == "omniglot"
+    settings = settings.changed(
+        rotations=usual if settings.rotations is None else settings.rotations,
+        invert=usual if settings.invert is None else settings.invert,
+    )
+    train_pool, held_out_pool = (
+        _toned(pool, bool(settings.invert)).to(device) for pool in pools(settings)
+    )
+    common: dict[str, Any] = {
+        "ways": settings.ways,
+        "seed": settings.seed,
+        "rotations": settings.rotations,
+        "reference": not settings.transductive,
+    }
+    training = EpisodeSampler(
+        train_pool,
+        shots=settings.train_shots or settings.shots,
+        queries=settings.queries,
+        tasks=settings.tasks,
+        **common,
+    )
+    held_out = EpisodeSampler(
+        held_out_pool,
+        shots=settings.shots,
+        queries=settings.eval_queries or settings.queries,
+        tasks=max(1, 100 // settings.ways),
+        **common,
+    )
+    in_channels, size = train_pool.images.shape[2], train_pool.images.shape[-1]
+    module = make_network(
+        settings.ways,
+        settings.channels,
+        in_channels,
+        size,
+        activation=activation,
+        norm=settings.norm,
+        seed=settings.seed,
+    ).to(device)
+    params, net = stateless(module)
+    head = [name for name in params if name.split(".")[0] == list(params)[-1].split(".")[0]]
+    adapted = head if settings.adapted == "head" else None
+    # A scheduled λ is a part of the outer variable that the optimizer leaves alone.
+    learned = "scalar" if settings.strength_end is not None else settings.learn_strength
+    problem = FewShot(net, settings.strength, learn_strength=learned, adapted=adapted)  # type: ignore[arg-type]
+    test_problem, test_solver = problem, inner_solver
+    if settings.plain_test:
+        test_problem = FewShot(net, 0.0, adapted=adapted)
+        test_solver = bilevel.solvers.GradientDescent(settings.inner_lr, settings.inner_steps)
+    return Job(
+        settings,
+        problem,
+        test_problem,
+        problem.initial_outer(params),
+        inner_solver,
+        test_solver,
+        method,
+        training,
+        held_out,
+    )
+
+
+def _inner_solver(settings: Settings) -> InnerSolver:
+    lr, steps = settings.inner_lr, settings.inner_steps
+    # What a name stands for: a registered solver, and the options that fit networks.
+    usual: dict[str, tuple[str, dict[str, Any]]] = {
+        "gradient-descent": ("gradient-descent", {"lr": lr, "max_steps": steps}),
+        "nesterov": (
+            "gradient-descent",
+            {"lr": lr, "max_steps": steps, "momentum": 0.9, "nesterov": True},
+        ),
+        "adam": ("torch-optimizer", {"cls": "Adam", "lr": lr, "max_steps": steps}),
+        "torch-optimizer": ("torch-optimizer", {"cls": "Adam", "lr": lr, "max_steps": steps}),
+        "lbfgs": ("lbfgs", {"max_steps": steps, "tol": None}),
+        "hessian-free": (
+            "hessian-free",
+            {"max_steps": steps, "tol": None, "cg_steps": 5, "cg_rtol": 0.0},
+        ),
+    }
+    if settings.inner_solver == "pull-back":
+        return PullBack(lr, steps)
+    name, options = usual.get(settings.inner_solver, (settings.inner_solver, {}))
+    solver: InnerSolver = build(INNER_SOLVERS, name, {**options, **settings.inner_options})
+    return solver
+
+
+def _method(settings: Settings) -> HypergradientMethod:
+    # A few products, and no tolerance that networks could not reach.
+    usual: dict[str, dict[str, Any]] = {
+        "cg": {"max_steps": 5, "rtol": 0.0},
+        "neumann": {"terms": 5},
+        "implicit": {"linear_solver": "cg"},
+    }
+    own: Mapping[str, type[HypergradientMethod]] = {"released": ReleasedCG, "reptile": Reptile}
+    if settings.method in own:
+        return own[settings.method](**settings.method_options)
+    options = {**usual.get(settings.method, {}), **settings.method_options}
+    method: HypergradientMethod = build(METHODS, settings.method, options)
+    return method
+
+
+def _glyphs(settings: Settings) -> tuple[ImageClasses, ImageClasses]:
+    # The default seed served to choose difficulty and settings; these classes were never looked at.
+    pool = data.glyphs(seed=1)
+    held_out = len(pool) // 4
+    if settings.split == "test":
+        return _two(pool.split([len(pool) - held_out, held_out], seed=_SPLIT_SEED))
+    # The same held-out classes are left alone.
+    rest = len(pool) - held_out
+    sizes = [rest - rest // 8, rest // 8, held_out]
+    training, validation, _ = pool.split(sizes, seed=_SPLIT_SEED)
+    return training, validation
+
+
+def _omniglot(settings: Settings) -> tuple[ImageClasses, ImageClasses]:
+    pool = data.omniglot(settings.root)
+    if settings.split == "test":
+        return _two(data.omniglot_split(pool, seed=_SPLIT_SEED))
+    training, validation, _ = data.omniglot_split(pool, _SPLIT_SEED, (1028, 172, 423))
+    return training, validation
+
+
+_POOLS: dict[str, Callable[[Settings], tuple[ImageClasses, ImageClasses]]] = {
+    "glyphs": _glyphs,
+    "omniglot": _omniglot,
+}
+
+
+def _two(pools: tuple[ImageClasses, ...]) -> tuple[ImageClasses, ImageClasses]:
+    first, second = pools
+    return first, second
+
+
+def _toned(pool: ImageClasses, invert: bool) -> ImageClasses:
+    if not invert:
+        return pool
+    white = 255 if pool.images.dtype == torch.uint8 else 1.0
+    return ImageClasses(white - pool.images, pool.names)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"`device` is '{name}', which cannot be used: {reason}") from error
+    return device
