@@ -9,7 +9,7 @@ from typer.core import TyperGroup
 
 from bilevel import BilevelError, __version__
 
-from . import check, compare, doctor, listing, train
+from . import check, compare, doctor, listing, reproduce, train
 
 __all__ = ["app"]
 
@@ -68,3 +68,4 @@ app.command("list")(listing.list_registered)
 app.command("check")(check.check)
 app.command("doctor")(doctor.doctor)
 app.command("compare")(compare.compare)
+app.command("reproduce")(reproduce.reproduce)
