@@ -18,6 +18,7 @@ from torch import Tensor
 from .errors import RandomnessError
 from .flat import FlatProblem
 from .gauss_newton import gauss_newton
+from .graph import reaches
 from .operator import Operator
 from .problem import Structure
 from .rows import column, full_precision
@@ -35,7 +36,7 @@ class LinearisedSystem:
         z: The point, ``[tasks, n]``.
         stationarity: F at the point, with its graph.
         inner_value: G ``[tasks]``, detached.
-        outer_value: f ``[tasks]``, with its graph.
+        outer_value: f ``[tasks]``, with its graph where it depends on the outer leaves directly.
         rhs: ∂_z f ``[tasks, n]``, the right-hand side of the adjoint system.
     """
 
@@ -116,12 +117,15 @@ def linearise(flat: FlatProblem, z: Tensor) -> LinearisedSystem:
     flat = flat.with_outer(flat.outer.differentiable(), differentiable=True)
     z = z.detach().requires_grad_()
     with torch.enable_grad(), full_precision(z.device):
-        inner_value, stationarity = flat.value_and_gradient(z)
         before = torch.get_rng_state()
         outer_value = flat.outer_value(z)
         if not before.equal(torch.get_rng_state()):
             raise RandomnessError(randomness_message("outer_objective"))
         rhs = gradient_of_outer(outer_value, z)
+        if not reaches(outer_value, flat.outer.leaves):
+            # Its graph has done its work: do not hold it beside that of the stationarity.
+            outer_value = outer_value.detach()
+        inner_value, stationarity = flat.value_and_gradient(z)
     return LinearisedSystem(flat, z, stationarity, inner_value, outer_value, rhs)
 
 

@@ -7,7 +7,6 @@ arguments, or hides a tensor whose gradient would be lost.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from .errors import DependenceError, InPlaceError, ObjectiveError, RandomnessError
 from .flat import FlatProblem
+from .graph import nodes, reaches
 from .pytree import leaf_names, tree_leaves
 from .stacking import randomness_message
 
@@ -45,7 +45,7 @@ def probe(flat: FlatProblem) -> None:
     allowed = {id(leaf) for leaf in outer.leaves} | {id(z)}
     name = "stationarity" if problem.is_equilibrium else "inner_objective"
     inner = _evaluate(flat, name, z, flat.batch, "inner_batch", allowed)
-    if not _reaches(inner, z):
+    if not reaches(inner, [z]):
         raise DependenceError(
             f"`{name}` does not depend on `inner`; compute it from its first argument"
         )
@@ -107,7 +107,7 @@ def _evaluate(
     if not all(a.equal(b) for a, b in zip(random_state, _random_state(flat.device), strict=True)):
         raise RandomnessError(randomness_message(name))
     value = _checked(flat, name, result, arguments)
-    nodes = list(_nodes(value))
+    behind = list(nodes(value))
     _check_captured(value, allowed, name, flat)
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         again = _checked(flat, name, flat._call(name, z, batch), arguments)
@@ -116,7 +116,7 @@ def _evaluate(
             f"`{name}` returned another value for the same arguments: it draws random numbers, or "
             "depends on what it was called for before; pass all that it depends on in the batch"
         )
-    names = {type(node).__name__ for node in nodes}
+    names = {type(node).__name__ for node in behind}
     if seen.attention:
         flat.stacking.attention.add(name)
     if name != "outer_objective" and any(node.startswith(_NATIVE_NORMS) for node in names):
@@ -182,7 +182,7 @@ def _checked_stationarity(flat: FlatProblem, tree: Any) -> Tensor:
 
 
 def _check_captured(value: Tensor, allowed: set[int], name: str, flat: FlatProblem) -> None:
-    for node in _nodes(value):
+    for node in nodes(value):
         variable = getattr(node, "variable", None)
         if isinstance(variable, Tensor) and id(variable) not in allowed:
             raise DependenceError(
@@ -190,26 +190,6 @@ def _check_captured(value: Tensor, allowed: set[int], name: str, flat: FlatProbl
                 "was not passed in `outer`; its gradient would be lost: put it into `outer`, or "
                 "`.detach()` it"
             )
-
-
-def _reaches(value: Tensor, leaf: Tensor) -> bool:
-    return any(getattr(node, "variable", None) is leaf for node in _nodes(value))
-
-
-def _nodes(value: Tensor | None) -> Iterator[Any]:
-    """Every node of the autograd graph behind ``value``."""
-    stack: list[Any] = [] if value is None or value.grad_fn is None else [value.grad_fn]
-    if value is not None and value.grad_fn is None and value.requires_grad:
-        # A leaf returned as it is: its accumulator stands behind any view of it.
-        stack = [value.view_as(value).grad_fn]
-    seen = set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        yield node
-        stack.extend(parent for parent, _ in node.next_functions)
 
 
 def _slope(value: Tensor, z: Tensor) -> Tensor:

@@ -1,9 +1,13 @@
 """Published experiments, run again: the harness, and one module for each table or figure."""
 
 from .imaml_fig2a import ImamlFig2a
+from .imaml_fig2b import ImamlFig2b
+from .imaml_table2 import ImamlTable2
 from .reproduction import Check, Options, Outcome, Reproduction, Table
 
 __all__ = ["REPRODUCTIONS", "Check", "Options", "Outcome", "Reproduction", "Table"]
 
-REPRODUCTIONS: dict[str, Reproduction] = {one.name: one for one in (ImamlFig2a(),)}
+REPRODUCTIONS: dict[str, Reproduction] = {
+    one.name: one for one in (ImamlTable2(), ImamlFig2a(), ImamlFig2b())
+}
 """Reproductions by name."""

@@ -134,11 +134,6 @@ def make_job(settings: Settings) -> Job:
     activation = find("activation", settings.activation, _ACTIVATIONS)
 
     pools = find("data set", settings.data, _POOLS)
-    usual = settings.data == "omniglot"
-    settings = settings.changed(
-        rotations=usual if settings.rotations is None else settings.rotations,
-        invert=usual if settings.invert is None else settings.invert,
-    )
     train_pool, held_out_pool = (
         _toned(pool, bool(settings.invert)).to(device) for pool in pools(settings)
     )

@@ -41,8 +41,6 @@ from .settings import LEARNERS, Settings
 __all__ = ["Accuracy", "Watcher", "evaluate", "run"]
 
 _SAVE_SECONDS = 60.0
-# What may differ when a run is resumed.
-_FREE = ("root", "minutes", "threads", "device", "eval_tasks", "eval_queries")
 
 
 class Watcher(Protocol):
@@ -216,12 +214,13 @@ def _resumed(job: Job, folder: RunFolder, training: Training) -> tuple[list[dict
     """Load what an earlier run left; the records so far, and the CPU seconds spent."""
     state = folder.load_checkpoint()
     if folder.has(CONFIG):
-        old, new = folder.read_json(CONFIG)["settings"], asdict(job.settings)
-        other = [key for key in new if key not in _FREE and old.get(key) != new[key]]
-        if other:
+        old = folder.read_json(CONFIG)["settings"]
+        name = job.settings.differs_from(old)
+        if name is not None:
             raise ValueError(
-                f"the run in '{folder.path}' has {other[0]} = {old.get(other[0])!r}, not "
-                f"{new[other[0]]!r}; resume it with its own settings, or choose another folder"
+                f"the run in '{folder.path}' has {name} = {old.get(name)!r}, not "
+                f"{getattr(job.settings, name)!r}; resume it with its own settings, or choose "
+                "another folder"
             )
     if state is None:
         folder.keep_records(0)

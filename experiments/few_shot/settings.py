@@ -119,7 +119,7 @@ class Settings:
         return settings.checked()
 
     def checked(self) -> Settings:
-        """The settings, if they fit each other.
+        """The settings with nothing left open, if they fit each other.
 
         Raises:
             ValueError: One is out of range, or two exclude each other.
@@ -141,11 +141,23 @@ class Settings:
                 raise ValueError("a scheduled λ changes by equal factors: both ends must be > 0")
         if not 0.0 <= self.average < 1.0:
             raise ValueError(f"`average` is {self.average}; it lies in [0, 1), 0 for none")
-        return self
+        drawn = self.data == "omniglot"
+        usual: dict[str, Any] = {
+            "rotations": drawn,
+            "invert": drawn,
+            "train_shots": self.shots,
+            "eval_queries": self.queries,
+        }
+        return replace(self, **{k: v for k, v in usual.items() if getattr(self, k) is None})
 
-    def changed(self, **given: Any) -> Settings:
-        """A copy with other values."""
-        return replace(self, **given)
+    def differs_from(self, other: Mapping[str, Any]) -> str | None:
+        """The first setting that makes another run than those of ``other``; None if there is none.
+
+        Where and how long a run goes on, and what it is evaluated on, may change.
+        """
+        free = ("root", "minutes", "threads", "device", "eval_tasks", "eval_queries")
+        names = (one.name for one in fields(self) if one.name not in free)
+        return next((name for name in names if other.get(name) != getattr(self, name)), None)
 
 
 @dataclass(frozen=True)

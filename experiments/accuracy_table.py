@@ -1,0 +1,314 @@
+"""A table of accuracies: learners in rows, tasks in columns, one run for each cell and seed.
+
+A cell is a run folder of its own. What is finished is not run again, and what was interrupted goes
+on from its checkpoint, so that a table may be filled in several sittings, or by several processes
+with different rows, columns or seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from bilevel.run_folder import CONFIG, RESULT, RunFolder
+
+from .few_shot import LEARNERS, Settings, run
+from .few_shot.run import Watcher
+from .reproduction import Check, Options, Outcome, Reproduction, Table, percent
+from .results import Row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["AccuracyTable", "Cell", "Entry", "published_cells"]
+
+Published = Mapping[tuple[str, str], tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A finished run of the table."""
+
+    row: str
+    column: str
+    seed: int
+    folder: Path
+    config: dict[str, Any]
+    result: dict[str, Any]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Its settings."""
+        found: dict[str, Any] = self.config["settings"]
+        return found
+
+    @property
+    def accuracy(self) -> tuple[float, float, int]:
+        """Mean, 95 % interval and number of test tasks."""
+        one = self.result["accuracy"]["trained"]
+        return one["mean"], one["interval"], one["tasks"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The cells of one row and column, over their seeds."""
+
+    cells: tuple[Cell, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean accuracy over seeds."""
+        return sum(cell.accuracy[0] for cell in self.cells) / len(self.cells)
+
+    @property
+    def interval(self) -> float:
+        """95 % interval over all test tasks of all seeds."""
+        return math.sqrt(sum(cell.accuracy[1] ** 2 for cell in self.cells)) / len(self.cells)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of the first seed; the others differ in the seed alone."""
+        return self.cells[0].settings
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds."""
+        return tuple(cell.seed for cell in self.cells)
+
+    @property
+    def text(self) -> str:
+        """For people: with how far the seeds lie apart."""
+        means = [cell.accuracy[0] for cell in self.cells]
+        more = f" ({len(means)} seeds, {percent(min(means))} to {percent(max(means))})"
+        return percent(self.mean, self.interval) + (more if len(means) > 1 else "")
+
+
+class AccuracyTable(Reproduction):
+    """A table of accuracies; authors say what its columns, rows and published numbers are.
+
+    Attributes:
+        tasks: Settings of each column, by its name.
+        learners: Names of the learners, in the order of the rows.
+        published: Accuracy and interval as shares of 1, by row and column.
+        data: What the published numbers were measured on.
+    """
+
+    tasks: ClassVar[Mapping[str, dict[str, Any]]] = {}
+    learners: ClassVar[tuple[str, ...]] = ()
+    published: ClassVar[Published] = {}
+    data: ClassVar[str]
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.columns, cls.rows = tuple(cls.tasks), cls.learners
+
+    @abstractmethod
+    def base(self, options: Options) -> dict[str, Any]:
+        """Settings of every cell, quick or not."""
+
+    @abstractmethod
+    def checks(self, entries: Mapping[tuple[str, str], Entry], options: Options) -> list[Check]:
+        """The claims of the published table, as far as there are cells to judge them by."""
+
+    def selected(self, options: Options) -> list[tuple[str, str, int]]:
+        """Row, column and seed of the cells that are asked for."""
+        rows = options.rows or self.rows
+        columns = options.columns or self.columns
+        return [(row, column, seed) for seed in options.seeds for column in columns for row in rows]
+
+    def settings(self, row: str, column: str, seed: int, options: Options) -> Settings:
+        """The settings of a cell: of its learner, of its column, and what the user changes."""
+        usual = {**self.base(options), **self.tasks[column], **options.changes}
+        # What makes a learner what it is, is not up for change.
+        own = LEARNERS[row].settings
+        usual = {name: value for name, value in usual.items() if name not in own}
+        place = {"seed": seed, "device": options.device, "threads": options.threads}
+        return Settings.of(row, **{**usual, **place, "root": options.root})
+
+    def _run(self, options: Options, watcher: Watcher) -> Outcome:
+        finished = True
+        for row, column, seed in self.selected(options):
+            path = _folder(options.out, row, column, seed)
+            settings = self.settings(row, column, seed, options)
+            if _is_finished(path) and not settings.differs_from(_settings_of(path)):
+                continue
+            if not run(settings, path, watcher, resume=True, baselines=False):
+                finished = False
+                break
+        entries = self.entries(options.out)
+        return Outcome(
+            list(self._rows(entries)),
+            self._table(entries),
+            self.draw(entries) if entries else None,
+            (*_no_leak(entries), *self.checks(entries, options)),
+            finished,
+        )
+
+    def entries(self, out: Path) -> dict[tuple[str, str], Entry]:
+        """What is finished in a folder, whichever call it was asked for by."""
+        found: dict[tuple[str, str], list[Cell]] = {}
+        for row in self.rows:
+            for column in self.columns:
+                for path in sorted(out.glob(f"cells/{row}-{column}-seed*")):
+                    seed = int(path.name.rpartition("seed")[2])
+                    if path == _folder(out, row, column, seed) and _is_finished(path):
+                        folder = RunFolder(path, resume=True)
+                        config, result = folder.read_json(CONFIG), folder.read_json(RESULT)
+                        cell = Cell(row, column, seed, path, config, result)
+                        found.setdefault((row, column), []).append(cell)
+        return {key: Entry(tuple(cells)) for key, cells in found.items()}
+
+    def _comparable(self, entries: Mapping[tuple[str, str], Entry]) -> Published:
+        """The published numbers, without those of cells that ran on other data."""
+        other = {key for key, entry in entries.items() if entry.settings["data"] != self.data}
+        return {key: value for key, value in self.published.items() if key not in other}
+
+    def _rows(self, entries: Mapping[tuple[str, str], Entry]) -> Iterator[Row]:
+        for (row, column), entry in entries.items():
+            where = {"learner": row, "task": column, **_common(entry)}
+            reference = {}
+            if (row, column) in self._comparable(entries):
+                value, interval = self.published[row, column]
+                text = f"{self.source.split(',')[0]}, ±{100 * interval:.2g} points"
+                reference = {"source": text, "value": value}
+            yield Row(
+                where,
+                "test_accuracy",
+                round(entry.mean, 5),
+                ci95=round(entry.interval, 5),
+                reference=reference,
+            )
+            for cell in entry.cells:
+                here = {**where, "seed": cell.seed, "commit": cell.result["commit"]}
+                mean, interval, _ = cell.accuracy
+                yield Row(here, "test_accuracy", round(mean, 5), ci95=round(interval, 5))
+                minutes = round(cell.result["train_cpu_minutes"], 1)
+                yield Row(here, "training_cpu_minutes", minutes)
+                yield Row(here, "indefinite_share", round(_share(cell.result, "INDEFINITE"), 5))
+
+    def _table(self, entries: Mapping[tuple[str, str], Entry]) -> Table:
+        columns = [c for c in self.columns if any((r, c) in entries for r in self.rows)]
+        columns = columns or list(self.columns)
+        published, body = self._comparable(entries), []
+        for row in self.rows:
+            known = any((row, column) in entries for column in columns)
+            printed = any((row, column) in published for column in columns)
+            if not (known or printed):
+                continue
+            texts = [
+                entries[row, column].text if (row, column) in entries else "not measured"
+                for column in columns
+            ]
+            body.append((LEARNERS[row].title, *texts))
+            if printed:
+                values = [
+                    percent(*published[row, column]) if (row, column) in published else ""
+                    for column in columns
+                ]
+                body.append(("  published", *values))
+        return Table(("accuracy, %", *columns), tuple(body))
+
+    def draw(self, entries: Mapping[tuple[str, str], Entry]) -> Figure:
+        """Accuracies with their intervals, published ones beside them; a panel for each column."""
+        from .pictures import COLORS, INK, new_figure, tidy
+
+        published = self._comparable(entries)
+        columns = [c for c in self.columns if any((r, c) in entries for r in self.rows)]
+        rows = [r for r in self.rows if any((r, c) in entries for c in columns)]
+        figure = new_figure(3.0 + 2.9 * len(columns), 1.4 + 0.42 * len(rows))
+        panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+        for axes, column in zip(panels, columns, strict=True):
+            for i, row in enumerate(rows):
+                if (row, column) in entries:
+                    entry = entries[row, column]
+                    axes.errorbar(
+                        100 * entry.mean, i, xerr=100 * entry.interval, fmt="o",
+                        color=COLORS[2], capsize=3, label="measured" if i == 0 else None,
+                    )  # fmt: skip
+                if (row, column) in published:
+                    value, interval = published[row, column]
+                    axes.errorbar(
+                        100 * value, i + 0.25, xerr=100 * interval, fmt="s", mfc="white",
+                        color=COLORS[0], capsize=3,
+                    )  # fmt: skip
+            axes.set_title(column, fontsize=11)
+            axes.set_xlabel("accuracy (%)", color=INK)
+            tidy(axes)
+        panels[0].set_yticks(range(len(rows)), [LEARNERS[row].title for row in rows])
+        panels[0].invert_yaxis()
+        measured = panels[0].plot([], [], "o", color=COLORS[2], label="measured")
+        printed = panels[0].plot([], [], "s", color=COLORS[0], mfc="white", label="published")
+        if any(key in published for key in entries):
+            figure.legend(
+                handles=[*measured, *printed], loc="outside lower right", frameon=False, ncols=2
+            )
+        figure.suptitle(self.title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
+        return figure
+
+
+def published_cells(
+    rows: Mapping[str, Sequence[tuple[float, float]]], columns: Iterable[str]
+) -> dict[tuple[str, str], tuple[float, float]]:
+    """Published accuracies in percent, as shares of 1 by row and column."""
+    names = tuple(columns)
+    return {
+        (row, column): (value / 100, interval / 100)
+        for row, cells in rows.items()
+        for column, (value, interval) in zip(names, cells, strict=True)
+    }
+
+
+def _folder(out: Path, row: str, column: str, seed: int) -> Path:
+    return out / "cells" / f"{row}-{column}-seed{seed}"
+
+
+def _is_finished(path: Path) -> bool:
+    folder = path / RESULT
+    return folder.is_file() and bool(RunFolder(path, resume=True).read_json(RESULT)["finished"])
+
+
+def _settings_of(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = RunFolder(path, resume=True).read_json(CONFIG)["settings"]
+    return found
+
+
+_SHOWN = (
+    "data",
+    "network",
+    "channels",
+    "activation",
+    "norm",
+    "steps",
+    "tasks",
+    "queries",
+    "eval_queries",
+    "transductive",
+)
+
+
+def _common(entry: Entry) -> dict[str, Any]:
+    """What all cells of an entry share, for the record."""
+    settings = entry.settings
+    out = {name: settings[name] for name in _SHOWN}
+    out["seeds"] = len(entry.cells)
+    return out
+
+
+def _share(result: dict[str, Any], status: str) -> float:
+    total = sum(result["status"].values())
+    found: float = result["status"].get(status, 0) / total if total else 0.0
+    return found
+
+
+def _no_leak(entries: Mapping[tuple[str, str], Entry]) -> list[Check]:
+    cells = [cell for entry in entries.values() for cell in entry.cells]
+    if not cells:
+        return []
+    shared = sum(cell.config["classes"]["shared"] for cell in cells)
+    return [
+        Check("no test class was trained on", shared == 0, f"{shared} shared in {len(cells)} runs")
+    ]
