@@ -122,7 +122,7 @@ class AccuracyTable(Reproduction):
 
     def settings(self, row: str, column: str, seed: int, options: Options) -> Settings:
         """The settings of a cell: of its learner, of its column, and what the user changes."""
-        usual = {**self.base(options), **self.tasks[column], **options.changes}
+        usual = {**self.tasks[column], **self.base(options), **options.changes}
         # What makes a learner what it is, is not up for change.
         own = LEARNERS[row].settings
         usual = {name: value for name, value in usual.items() if name not in own}

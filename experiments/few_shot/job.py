@@ -165,6 +165,7 @@ def make_job(settings: Settings) -> Job:
         size,
         activation=activation,
         norm=settings.norm,
+        init=settings.init,
         seed=settings.seed,
     ).to(device)
     params, net = stateless(module)
@@ -250,9 +251,15 @@ def _omniglot(settings: Settings) -> tuple[ImageClasses, ImageClasses]:
     return training, validation
 
 
+def _mini_imagenet(settings: Settings) -> tuple[ImageClasses, ImageClasses]:
+    held_out = "test" if settings.split == "test" else "val"
+    return data.mini_imagenet(settings.root, "train"), data.mini_imagenet(settings.root, held_out)
+
+
 _POOLS: dict[str, Callable[[Settings], tuple[ImageClasses, ImageClasses]]] = {
     "glyphs": _glyphs,
     "omniglot": _omniglot,
+    "mini-imagenet": _mini_imagenet,
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 __all__ = ["LEARNERS", "Learner", "Settings"]
@@ -33,6 +33,7 @@ class Settings:
         channels: Channels of each block.
         activation: ``"relu"``, ``"softplus"``, ``"silu"`` or ``"tanh"``.
         norm: ``"batch"``, ``"group"``, ``"layer"``, ``"instance"`` or ``"none"``.
+        init: Rule for the initial values: ``"torch"``, or ``"imaml"``, three times as large.
         strength: λ, the pull to θ; its first value where it changes.
         strength_end: λ at the last meta-step, reached by equal factors; None: λ is not scheduled.
         learn_strength: ``"scalar"``, ``"layer"`` or ``"parameter"``; None: λ is not learned.
@@ -77,6 +78,7 @@ class Settings:
     channels: int = 32
     activation: str = "relu"
     norm: str = "batch"
+    init: str = "torch"
     strength: float = 0.5
     strength_end: float | None = None
     learn_strength: str | None = None
@@ -156,8 +158,10 @@ class Settings:
         Where and how long a run goes on, and what it is evaluated on, may change.
         """
         free = ("root", "minutes", "threads", "device", "eval_tasks", "eval_queries")
+        # A run that is older than a setting had what is the default now.
+        old = {**asdict(Settings().checked()), **other}
         names = (one.name for one in fields(self) if one.name not in free)
-        return next((name for name in names if other.get(name) != getattr(self, name)), None)
+        return next((name for name in names if old[name] != getattr(self, name)), None)
 
 
 @dataclass(frozen=True)
@@ -209,6 +213,46 @@ LEARNERS: dict[str, Learner] = {
             "inner_options": {"cg_steps": 5, "cg_rtol": 0.0},
         },
         "Inner steps by Newton-CG with a line search, 5 CG steps for each direction.",
+    ),
+    "imaml-damped": Learner(
+        "iMAML, damped",
+        {"method_options": {"indefinite": "damp"}},
+        "Where CG meets negative curvature, H + λI is damped by about as much as is needed.",
+    ),
+    "imaml-gauss-newton": Learner(
+        "iMAML, Gauss–Newton",
+        {"method_options": {"indefinite": "ggn"}},
+        "Where CG meets negative curvature, the Gauss–Newton matrix stands in for H.",
+    ),
+    "imaml-learned": Learner(
+        "iMAML, λ learned",
+        {"learn_strength": "scalar"},
+        "One λ, learned by its own implicit gradient.",
+    ),
+    "imaml-layers": Learner(
+        "iMAML, λ learned by layer",
+        {"learn_strength": "layer"},
+        "One λ for each layer.",
+    ),
+    "imaml-scheduled": Learner(
+        "iMAML, λ from 5 to 0.5",
+        {"strength": 5.0, "strength_end": 0.5, "inner_lr": 0.03},
+        "λ falls by equal factors.",
+    ),
+    "imaml-smooth": Learner(
+        "iMAML, smooth activation",
+        {"activation": "silu"},
+        "SiLU in place of ReLU, so that second derivatives exist everywhere.",
+    ),
+    "imaml-no-norm": Learner(
+        "iMAML, smooth, no batch norm",
+        {"activation": "tanh", "norm": "none"},
+        "A smooth network without batch norm: the theorem's setting.",
+    ),
+    "fomaml-no-norm": Learner(
+        "FOMAML, smooth, no batch norm",
+        {"activation": "tanh", "norm": "none", "method": "first-order"},
+        "The first-order gradient on the same network.",
     ),
     "fomaml-regularized": Learner(
         "FOMAML, same inner problem",

@@ -11,6 +11,7 @@ from .glyphs import glyphs
 from .images import ImageClasses
 from .libsvm import libsvm, read_libsvm
 from .locate import data_root
+from .mini_imagenet import mini_imagenet
 from .nearest_neighbour import pixel_nearest_neighbour
 from .omniglot import omniglot, omniglot_split
 
@@ -21,6 +22,7 @@ __all__ = [
     "data_root",
     "glyphs",
     "libsvm",
+    "mini_imagenet",
     "omniglot",
     "omniglot_split",
     "pixel_nearest_neighbour",

@@ -136,7 +136,10 @@ def test_a_budget_of_cpu_minutes_ends_training(train, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--data", "mnist"], "there is no data set 'mnist'; known: glyphs, omniglot"),
+        (
+            ["--data", "mnist"],
+            "there is no data set 'mnist'; known: glyphs, omniglot, mini-imagenet",
+        ),
         (["--network", "resnet"], "there is no network 'resnet'; known: strided, pool"),
         (["--method", "magic"], "there is no hypergradient method 'magic'; known: .*cg.*unrolled"),
         (["--inner-solver", "x"], "there is no inner solver 'x'; known: .*gradient-descent"),
