@@ -241,8 +241,9 @@ def _group_hypergradient(
         weights = torch.ones_like(weights)
     estimate = method(flat, inner_solver, weights, start)
     status = _with_gradient_status(estimate, per_task)
-    if bool((status < Status.DIVERGED).all()) and _finite(estimate.gradient):
-        return _Part(flat, estimate, status, estimate.gradient, float(weights.sum()))
+    if _all_usable(status, estimate.gradient):
+        # The weights as they came: where they lie on the host, no device is asked.
+        return _Part(flat, estimate, status, estimate.gradient, float(one.tasks.weights.sum()))
     if per_task:
         return _Part(flat, estimate, status, estimate.gradient, 1.0)
     return _without_failed(flat, inner_solver, method, weights, start, estimate, status)
@@ -281,8 +282,11 @@ def _with_gradient_status(estimate: Estimate, per_task: bool) -> Tensor:
     return status
 
 
-def _finite(gradient: Sequence[Tensor | None]) -> bool:
-    return all(bool(leaf.isfinite().all()) for leaf in gradient if leaf is not None)
+def _all_usable(status: Tensor, gradient: Sequence[Tensor | None]) -> bool:
+    """Whether every task is usable and the gradient finite; the device is asked once."""
+    flags = [(status < Status.DIVERGED).all()]
+    flags += [leaf.isfinite().all().to(status.device) for leaf in gradient if leaf is not None]
+    return bool(torch.stack(flags).all())
 
 
 # All groups together
@@ -301,7 +305,7 @@ def _assemble(
     def in_order(tensors: Sequence[Tensor]) -> Tensor:
         return torch.cat([tensor.detach() for tensor in tensors])[order.to(tensors[0].device)]
 
-    status = members(in_order([part.status for part in parts]))
+    status, inner_status, linear_status = _statuses(parts, order)
     failed = tuple(i for i, s in enumerate(status) if not s.usable)
     if len(failed) == len(status):
         raise SolveError(
@@ -310,7 +314,7 @@ def _assemble(
     unused = _check_dependence(outer, parts, method)
     mean = reduction == "mean"
     gradient = _mean(outer, parts) if mean else _per_task(outer, parts, in_order)
-    inner_report = _report([part.estimate.inner for part in parts], in_order)
+    inner_report = _report([part.estimate.inner for part in parts], inner_status, in_order)
     linear = [part.estimate.linear for part in parts]
     counts: dict[str, int] = {}
     for part in parts:
@@ -337,7 +341,7 @@ def _assemble(
         ),
         diagnostics=Diagnostics(
             inner=inner_report,
-            linear=_report([one for one in linear if one is not None], in_order)
+            linear=_report([one for one in linear if one is not None], linear_status, in_order)
             if all(one is not None for one in linear)
             else None,
             counts=counts,
@@ -445,6 +449,8 @@ def _warn_if_far(result: Hypergradient) -> None:
     if distance is None:
         return
     converged = [s is Status.CONVERGED for s in result.diagnostics.inner.status]
+    if not any(converged):
+        return
     far = (distance.cpu() > _FAR) & torch.tensor(converged)
     if bool(far.any()):
         warnings.warn(
@@ -457,8 +463,20 @@ def _warn_if_far(result: Hypergradient) -> None:
         )
 
 
+def _statuses(parts: list[_Part], order: Tensor) -> list[tuple[Status, ...]]:
+    """Of the tasks, of their inner and of their adjoint solves; the device is asked once."""
+    codes = []
+    for part in parts:
+        linear = part.estimate.linear
+        solves = [part.estimate.inner.status, part.status if linear is None else linear.status]
+        codes.append(torch.stack([part.status, *(one.to(part.status.device) for one in solves)]))
+    rows = torch.cat(codes, 1)[:, order.to(codes[0].device)].tolist()
+    return [tuple(Status(code) for code in row) for row in rows]
+
+
 def _report(
     reports: Sequence[InnerReport | LinearSolution],
+    status: tuple[Status, ...],
     in_order: Callable[[Sequence[Tensor]], Tensor],
 ) -> SolveReport:
     linear = [one for one in reports if isinstance(one, LinearSolution)]
@@ -475,7 +493,7 @@ def _report(
             steps = max(table.shape[1] for table in tables)
             lanczos = in_order([_padded(table, steps) for table in tables])
     return SolveReport(
-        members(in_order([one.status for one in reports])),
+        status,
         in_order([one.residual for one in reports]),
         in_order([one.steps for one in reports]),
         curvature,

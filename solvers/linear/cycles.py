@@ -68,12 +68,14 @@ class Progress:
         return self.indefinite | self.broken | self.diverged
 
     def rounds(self) -> Iterator[int]:
-        """Count rounds for as long as a task is active; the device is asked only now and then."""
+        """Count rounds for as long as a task is active; a device is asked only now and then."""
         interval = check_interval(self.x.device)
-        k = 0
-        while k % interval or bool(self.active.any()):
+        # A task takes a step in each round, so that no more than its steps are of use.
+        for k in range(self.max_steps):
+            due = interval == 1 or (k > 0 and k % interval == 0)
+            if due and not bool(self.active.any()):
+                return
             yield k
-            k += 1
 
     def observe(self, quotient: Tensor) -> None:
         """Note the Rayleigh quotients pᵀAp / pᵀp of the active tasks."""
