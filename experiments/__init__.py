@@ -3,6 +3,7 @@
 from .imaml_fig2a import ImamlFig2a
 from .imaml_fig2b import ImamlFig2b
 from .imaml_methods import ImamlMethods
+from .imaml_strength import ImamlStrength
 from .imaml_table2 import ImamlTable2
 from .imaml_table3 import ImamlTable3
 from .reproduction import Check, Options, Outcome, Reproduction, Table
@@ -11,6 +12,13 @@ __all__ = ["REPRODUCTIONS", "Check", "Options", "Outcome", "Reproduction", "Tabl
 
 REPRODUCTIONS: dict[str, Reproduction] = {
     one.name: one
-    for one in (ImamlTable2(), ImamlTable3(), ImamlFig2a(), ImamlFig2b(), ImamlMethods())
+    for one in (
+        ImamlTable2(),
+        ImamlTable3(),
+        ImamlFig2a(),
+        ImamlFig2b(),
+        ImamlMethods(),
+        ImamlStrength(),
+    )
 }
 """Reproductions by name."""

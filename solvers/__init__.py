@@ -8,7 +8,7 @@ from .hypergradient import (
     NeumannSeries,
     Unrolled,
 )
-from .inner import LBFGS, ClosedForm, GradientDescent, HessianFree, TorchOptimizer
+from .inner import LBFGS, ClosedForm, GradientDescent, HessianFree, ProximalGradient, TorchOptimizer
 from .linear import (
     CG,
     GMRES,
@@ -48,6 +48,7 @@ __all__ = [
     "NormalCG",
     "Nystrom",
     "NystromPreconditioner",
+    "ProximalGradient",
     "RecyclingPreconditioner",
     "Richardson",
     "SciPy",

@@ -4,6 +4,14 @@ from .closed_form import ClosedForm
 from .gradient_descent import GradientDescent
 from .hessian_free import HessianFree
 from .lbfgs import LBFGS
+from .proximal_gradient import ProximalGradient
 from .torch_optimizer import TorchOptimizer
 
-__all__ = ["LBFGS", "ClosedForm", "GradientDescent", "HessianFree", "TorchOptimizer"]
+__all__ = [
+    "LBFGS",
+    "ClosedForm",
+    "GradientDescent",
+    "HessianFree",
+    "ProximalGradient",
+    "TorchOptimizer",
+]
