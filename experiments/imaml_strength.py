@@ -17,8 +17,8 @@ from .reproduction import Check, Options
 __all__ = ["ImamlStrength"]
 
 _STRENGTHS = (0.02, 0.1, 0.5, 2.0, 10.0, 50.0)
-_TASKS: dict[str, dict[str, Any]] = {f"λ = {one:g}": {"strength": one} for one in _STRENGTHS}
-_STARTS = ("λ = 0.02", "λ = 50")
+_TASKS: dict[str, dict[str, Any]] = {f"{one:g}": {"strength": one} for one in _STRENGTHS}
+_STARTS = ("0.02", "50")
 
 
 class ImamlStrength(AccuracyTable):
@@ -57,7 +57,7 @@ class ImamlStrength(AccuracyTable):
             last = [read_metrics(cell.folder / METRICS)[-1]["strength"] for cell in entry.cells]
             found.append(
                 Check(
-                    f"learned from {start}: within 1 point of the best fixed value, {best}",
+                    f"λ learned from {start}: within 1 point of the best fixed λ, {best}",
                     gap <= 0.01,
                     f"{100 * gap:+.2f} points below it; "
                     f"λ ends at {', '.join(f'{one:.3g}' for one in last)}",

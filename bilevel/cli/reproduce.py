@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -70,7 +71,7 @@ def reproduce(
         command=_command(),
     )
     console = Console(highlight=False)
-    outcome = reproduction.run(options, Display(console, quiet=quiet))
+    outcome = reproduction.run(options, _CellDisplay(console, quiet=quiet))
     show(console, reproduction, outcome)
     for ending in ("md", "json", "png"):
         path = folder / f"{name}.{ending}"
@@ -81,6 +82,29 @@ def reproduce(
         raise typer.Exit(130)
     if not all(check.ok for check in outcome.checks):
         raise typer.Exit(1)
+
+
+class _CellDisplay(Display):
+    """Of each run of a table, its title, how it goes, and one line of result."""
+
+    def start(self, title: str, choices: Mapping[str, str], folder: str) -> None:
+        """What is about to run."""
+        if not self.quiet:
+            self.console.print(f"[bold]{title}[/bold]  [dim]{folder}[/dim]", soft_wrap=True)
+
+    def finish(
+        self,
+        accuracies: Mapping[str, tuple[float, str]],
+        note: str,
+        cost: str,
+        files: Sequence[Path],
+        *,
+        interrupted: bool,
+    ) -> None:
+        """The accuracy and the cost."""
+        if not self.quiet:
+            for _, text in accuracies.values():
+                self.console.print(f"{text}, {cost}\n", soft_wrap=True, markup=False)
 
 
 def show(console: Console, reproduction: Any, outcome: Any) -> None:
@@ -115,6 +139,8 @@ def _command() -> str:
     """The command line as typed, without the folders of this machine."""
     words, hidden = ["bilevel"], False
     for word in sys.argv[1:]:
-        words.append("DIR" if hidden else word)
-        hidden = word in ("--root", "--out")
+        flag = word.partition("=")[0]
+        place = flag in ("--root", "--out")
+        words.append("DIR" if hidden else f"{flag}=DIR" if place and flag != word else word)
+        hidden = place and flag == word
     return " ".join(words)

@@ -80,9 +80,10 @@ class ReleasedCG(HypergradientMethod):
     def _compute(
         self, flat: FlatProblem, inner_solver: InnerSolver | None, weights: Tensor, start: Start
     ) -> Estimate:
-        if flat.strength is None or flat.strength.ndim > 0 or flat.strength.requires_grad:
+        regularizer = flat.problem.regularizer
+        if regularizer is None or not isinstance(regularizer.strength, int | float):
             raise StructureError("ReleasedCG needs a proximal regularizer with one fixed strength")
-        strength = float(flat.strength)
+        strength = float(regularizer.strength)
         shifted = strength + self.strength_damping
         damping = (1.0 + self.cg_damping) * shifted - strength
         method = ImplicitCG(max_steps=self.max_steps, rtol=0.0, damping=damping)

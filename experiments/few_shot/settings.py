@@ -113,7 +113,7 @@ class Settings:
         """
         if learner not in LEARNERS:
             raise ValueError(f"there is no learner '{learner}'; known: {', '.join(LEARNERS)}")
-        names = {one.name for one in fields(cls)}
+        names = [one.name for one in fields(cls)]
         unknown = [name for name in given if name not in names]
         if unknown:
             raise ValueError(f"there is no setting '{unknown[0]}'; known: {', '.join(names)}")
