@@ -2,18 +2,8 @@
 
 import json
 
-SMALL = [
-    "--set",
-    "channels=4",
-    "--set",
-    "tasks=2",
-    "--set",
-    "queries=2",
-    "--set",
-    "eval_tasks=5",
-    "--set",
-    "steps=2",
-]
+CHANGES = {"channels": 4, "tasks": 2, "queries": 2, "eval_tasks": 5, "steps": 2}
+SMALL = [word for key, value in CHANGES.items() for word in ("--set", f"{key}={value}")]
 
 
 def test_a_figure_is_shown_and_written(invoke, tmp_path):
