@@ -17,7 +17,9 @@ EQUATION = re.compile(
     r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<latex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL
 )
 
-DIRECTIVE = re.compile(r"\{\{ (?P<kind>value|source|picture) (?P<name>[\w-]+)(?P<rest>[^}]*) \}\}")
+DIRECTIVE = re.compile(
+    r"\{\{ (?P<kind>value|source|picture|table|checks) (?P<name>[\w-]+)(?P<rest>[^}]*) \}\}"
+)
 
 _LONG = 30
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
@@ -28,7 +30,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
     ``{{ value NAME METRIC [KEY=TEXT ...] [as FORMAT] }}`` becomes one number of a results file,
     ``{{ source NAME }}`` its command, commit and machine, ``{{ picture NAME TEXT }}`` its picture
-    with that text as description.
+    with that text as description. Of a reproduction, ``{{ table NAME }}`` is its table beside the
+    published numbers, and ``{{ checks NAME }}`` the claims that were checked.
 
     Raises:
         ValueError: A directive names no number, or several.
@@ -55,6 +58,10 @@ def _filled(match: re.Match[str], page: Any) -> str:
     result = json.loads((RESULTS / f"{name}.json").read_text())
     if kind == "source":
         return _source(result)
+    if kind == "table":
+        return _table(result["table"])
+    if kind == "checks":
+        return "\n".join(_check(one) for one in result["checks"])
     if kind == "picture":
         up = "../" * page.url.count("/")
         return f'<img src="{up}results/{name}.png" alt="{html.escape(rest)}">'
@@ -77,6 +84,20 @@ def _source(result: dict[str, Any]) -> str:
         f"`{result['command']}`, commit {result['commit']}, {result['date']}, {result['machine']}, "
         f"device {result['device']}, seeds {', '.join(map(str, result['seeds']))}."
     )
+
+
+def _table(table: dict[str, Any]) -> str:
+    lines = [table["head"], ["---"] + ["---:"] * (len(table["head"]) - 1)]
+    for line in table["body"]:
+        # A row of published numbers belongs to the row above it.
+        published = line[0].startswith(" ")
+        lines.append([f"*{cell.strip()}*" if published and cell else cell for cell in line])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _check(check: dict[str, Any]) -> str:
+    mark = "yes" if check["ok"] else "**no**"
+    return f"- {mark}: {check['claim']} ({check['found']})"
 
 
 def _section(result: dict[str, Any]) -> str:

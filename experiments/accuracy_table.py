@@ -142,7 +142,7 @@ class AccuracyTable(Reproduction):
         entries = self.entries(options.out)
         return Outcome(
             list(self._rows(entries)),
-            self._table(entries),
+            self._table(entries, self._shown(entries, options)),
             self.draw(entries) if entries else None,
             (*_no_leak(entries), *self.checks(entries, options)),
             finished,
@@ -190,9 +190,13 @@ class AccuracyTable(Reproduction):
                 yield Row(here, "training_cpu_minutes", minutes)
                 yield Row(here, "indefinite_share", round(_share(cell.result, "INDEFINITE"), 5))
 
-    def _table(self, entries: Mapping[tuple[str, str], Entry]) -> Table:
-        columns = [c for c in self.columns if any((r, c) in entries for r in self.rows)]
-        columns = columns or list(self.columns)
+    def _shown(self, entries: Mapping[tuple[str, str], Entry], options: Options) -> tuple[str, ...]:
+        """The columns of the table: all of the published one, or those that a quick run has."""
+        if not options.quick:
+            return self.columns
+        return tuple(c for c in self.columns if any((r, c) in entries for r in self.rows))
+
+    def _table(self, entries: Mapping[tuple[str, str], Entry], columns: tuple[str, ...]) -> Table:
         published, body = self._comparable(entries), []
         for row in self.rows:
             known = any((row, column) in entries for column in columns)

@@ -96,7 +96,7 @@ class ImamlMethods(AccuracyTable):
                 if value is not None:
                     yield Row({"learner": row, "task": column}, name, value)
 
-    def _table(self, entries: Mapping[tuple[str, str], Entry]) -> Table:
+    def _table(self, entries: Mapping[tuple[str, str], Entry], columns: tuple[str, ...]) -> Table:
         head = (
             "learner",
             "accuracy, %",
@@ -108,7 +108,7 @@ class ImamlMethods(AccuracyTable):
             "differences",
         )
         body = []
-        for column in self.columns:
+        for column in columns:
             for row in self.rows:
                 if (row, column) not in entries:
                     continue

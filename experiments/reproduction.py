@@ -145,7 +145,13 @@ class Reproduction(ABC):
                 command=options.command,
             )
             text = path.read_text()
-            content = {**json.loads(text), "checks": [vars(check) for check in outcome.checks]}
+            content = {
+                **json.loads(text),
+                "title": self.title,
+                "source": self.source,
+                "table": vars(outcome.table),
+                "checks": [vars(check) for check in outcome.checks],
+            }
             folder.write_json(path.name, content)
         text = f"# {self.title}\n\n{self.source}.\n\n{outcome.table.markdown()}\n"
         text += "".join(f"- {check}\n" for check in outcome.checks)

@@ -138,7 +138,7 @@ def test_a_learner_stays_what_it_is(tmp_path, watchers):
 def test_published_numbers_stand_beside_measured_ones_on_the_same_data_only(tmp_path, watchers):
     reproduction = REPRODUCTIONS["imaml-table2"]
     assert reproduction.published["imaml", "5w1s"] == pytest.approx((0.9916, 0.0035))
-    empty = reproduction._table({})
+    empty = reproduction._table({}, reproduction.columns)
     assert ("  published", "99.16 ± 0.35", "99.67 ± 0.12", "94.46 ± 0.42", "98.69 ± 0.10") in (
         empty.body
     )
