@@ -5,11 +5,16 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = {"bilevel": "bilevel", "bilevel/problems": "problems", "bilevel/solvers": "solvers"}
+FOLDERS = {
+    "bilevel": "bilevel",
+    "bilevel/experiments": "experiments",
+    "bilevel/problems": "problems",
+    "bilevel/solvers": "solvers",
+}
 
 
 def expected() -> set[str]:
-    """Names of the files that the three folders should put into the wheel."""
+    """Names of the files that the four folders should put into the wheel."""
     names = {
         f"{target}/{path.relative_to(ROOT / folder).as_posix()}"
         for target, folder in FOLDERS.items()

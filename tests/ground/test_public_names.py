@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("bilevel", "bilevel.solvers", "bilevel.problems")
+PACKAGES = (
+    "bilevel",
+    "bilevel.solvers",
+    "bilevel.problems",
+    "bilevel.experiments",
+    "bilevel.experiments.few_shot",
+)
 NAMES = [
     (package, name)
     for package in PACKAGES
