@@ -8,7 +8,15 @@ from .hypergradient import (
     NeumannSeries,
     Unrolled,
 )
-from .inner import LBFGS, ClosedForm, GradientDescent, HessianFree, ProximalGradient, TorchOptimizer
+from .inner import (
+    LBFGS,
+    BacktrackingDescent,
+    ClosedForm,
+    GradientDescent,
+    HessianFree,
+    ProximalGradient,
+    TorchOptimizer,
+)
 from .linear import (
     CG,
     GMRES,
@@ -33,6 +41,7 @@ __all__ = [
     "GMRES",
     "LBFGS",
     "MINRES",
+    "BacktrackingDescent",
     "BiCGStab",
     "ClosedForm",
     "Dense",

@@ -196,6 +196,7 @@ def _inner_solver(settings: Settings) -> InnerSolver:
     # What a name stands for: a registered solver, and the options that fit networks.
     usual: dict[str, tuple[str, dict[str, Any]]] = {
         "gradient-descent": ("gradient-descent", {"lr": lr, "max_steps": steps}),
+        "backtracking-descent": ("backtracking-descent", {"lr": lr, "max_steps": steps}),
         "proximal-gradient": ("proximal-gradient", {"lr": lr, "max_steps": steps}),
         "nesterov": (
             "gradient-descent",

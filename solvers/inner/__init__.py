@@ -1,5 +1,6 @@
 """Inner solvers: they minimise the inner objective of stacked tasks."""
 
+from .backtracking_descent import BacktrackingDescent
 from .closed_form import ClosedForm
 from .gradient_descent import GradientDescent
 from .hessian_free import HessianFree
@@ -9,6 +10,7 @@ from .torch_optimizer import TorchOptimizer
 
 __all__ = [
     "LBFGS",
+    "BacktrackingDescent",
     "ClosedForm",
     "GradientDescent",
     "HessianFree",
