@@ -1,7 +1,6 @@
 """Learning λ from a bad start, against fixed values of it.
 
-On the glyphs that the library draws. The inner solver takes the regularizer exactly, so that one
-rate suits every λ.
+On the glyphs that the library draws. The inner solver backtracks, so that one rate suits every λ.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class ImamlStrength(AccuracyTable):
 
     def base(self, options: Options) -> dict[str, Any]:
         """The usual run on glyphs; or fewer steps of fewer tasks."""
-        common = {"data": "glyphs", "inner_solver": "proximal-gradient"}
+        common = {"data": "glyphs", "inner_solver": "backtracking-descent"}
         return {**common, "steps": 100, "tasks": 4, "eval_tasks": 200} if options.quick else common
 
     def selected(self, options: Options) -> list[tuple[str, str, int]]:

@@ -100,6 +100,9 @@ def imaml(
     strength_lr: Annotated[
         float | None, _option("Problem", "strength_lr", "Learning rate of log λ.")
     ] = None,
+    strength_min: Annotated[
+        float | None, _option("Problem", "strength_min", "The least λ that is learned.")
+    ] = None,
     adapted: Annotated[
         str | None, _option("Problem", "adapted", "Adapt all parameters, or the head alone.")
     ] = None,
@@ -212,6 +215,7 @@ def imaml(
         "strength_end": strength_end,
         "learn_strength": learn_strength,
         "strength_lr": strength_lr,
+        "strength_min": strength_min,
         "adapted": adapted,
         "inner_solver": inner_solver,
         "inner_steps": inner_steps,

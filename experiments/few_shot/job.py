@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -74,6 +75,10 @@ class Job:
         def cosine(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
             return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
 
+        def bound(outer: PyTree) -> None:
+            for leaf in tree_leaves(outer["log_strength"]):
+                leaf.clamp_(min=math.log(settings.strength_min))
+
         return Trainer(
             self.problem,
             inner_solver=self.inner_solver,
@@ -81,6 +86,7 @@ class Job:
             optimizer=optimizer,
             schedule=cosine if settings.lr_schedule == "cosine" and settings.steps else None,
             average=settings.average or None,
+            project=None if settings.learn_strength is None else bound,
             clip=settings.clip or None,
             on_failure="mean",
         )

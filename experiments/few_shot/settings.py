@@ -38,6 +38,9 @@ class Settings:
         strength_end: λ at the last meta-step, reached by equal factors; None: λ is not scheduled.
         learn_strength: ``"scalar"``, ``"layer"`` or ``"parameter"``; None: λ is not learned.
         strength_lr: Learning rate of log λ.
+        strength_min: The least λ that is learned. An implicit gradient prices the inner problem as
+            if it were solved; few inner steps end long before a small λ acts, so that it asks for
+            ever less of it, until the adjoint systems are hopeless.
         adapted: ``"all"`` parameters, or the ``"head"``: the last layer.
         inner_solver: Name of a registered inner solver, or ``"nesterov"``, ``"adam"`` or
             ``"pull-back"``.
@@ -82,7 +85,8 @@ class Settings:
     strength: float = 0.5
     strength_end: float | None = None
     learn_strength: str | None = None
-    strength_lr: float = 0.05
+    strength_lr: float = 0.1
+    strength_min: float = 0.1
     adapted: str = "all"
     inner_solver: str = "gradient-descent"
     inner_steps: int = 16
@@ -141,6 +145,10 @@ class Settings:
                 raise ValueError("λ is learned or scheduled, not both: drop `strength_end`")
             if not (self.strength > 0 and self.strength_end > 0):
                 raise ValueError("a scheduled λ changes by equal factors: both ends must be > 0")
+        if not self.strength_min > 0:
+            raise ValueError(
+                f"`strength_min` is {self.strength_min}; λ is learned by its logarithm"
+            )
         if not 0.0 <= self.average < 1.0:
             raise ValueError(f"`average` is {self.average}; it lies in [0, 1), 0 for none")
         drawn = self.data == "omniglot"

@@ -94,6 +94,7 @@ def test_what_is_left_open_is_filled_in():
         ({"learn_strength": "scalar", "strength_end": 1.0}, "λ is learned or scheduled"),
         ({"strength": 0.0, "strength_end": 1.0}, "both ends must be > 0"),
         ({"average": 1.0}, "`average` is 1.0"),
+        ({"strength_min": 0.0}, "`strength_min` is 0.0"),
     ],
     ids=str,
 )
@@ -175,3 +176,12 @@ def test_predictions_depend_on_other_queries_only_where_transductive(settings):
         whole = job.problem.predict(job.outer, job.outer, (images, labels, *rest))
         part = job.problem.predict(job.outer, job.outer, (images[:2], labels[:2], *rest))
         assert torch.allclose(whole[:2], part, atol=1e-5) != transductive
+
+
+def test_a_learned_strength_keeps_its_bound(settings):
+    job = make_job(settings(learn_strength="layer", strength=0.02, strength_min=0.3))
+    training = job.trainer().begin(job.outer)
+    for step in range(2):
+        training.advance(job.training(step))
+        for leaf in tree_leaves(job.outer["log_strength"]):
+            assert leaf.exp() >= 0.3 - 1e-6
