@@ -32,7 +32,7 @@ class ImamlStrength(AccuracyTable):
 
     def base(self, options: Options) -> dict[str, Any]:
         """The usual run on glyphs; or fewer steps of fewer tasks."""
-        common = {"data": "glyphs", "inner_solver": "backtracking-descent"}
+        common = {"data": "glyphs"}
         return {**common, "steps": 100, "tasks": 4, "eval_tasks": 200} if options.quick else common
 
     def selected(self, options: Options) -> list[tuple[str, str, int]]:

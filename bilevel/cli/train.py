@@ -111,7 +111,7 @@ def imaml(
         _option(
             "Solvers",
             "inner_solver",
-            "gradient-descent, nesterov, adam, lbfgs, hessian-free; see `bilevel list`.",
+            "gradient-descent, nesterov, adam, hessian-free, …; see `bilevel list`.",
         ),
     ] = None,
     inner_steps: Annotated[

@@ -218,7 +218,9 @@ def _inner_solver(settings: Settings) -> InnerSolver:
     }
     if settings.inner_solver == "pull-back":
         return PullBack(lr, steps)
-    name, options = usual.get(settings.inner_solver, (settings.inner_solver, {}))
+    asked = settings.inner_solver
+    assert asked is not None  # `checked` leaves nothing open
+    name, options = usual.get(asked, (asked, {}))
     solver: InnerSolver = build(INNER_SOLVERS, name, {**options, **settings.inner_options})
     return solver
 

@@ -43,7 +43,8 @@ class Settings:
             ever less of it, until the adjoint systems are hopeless.
         adapted: ``"all"`` parameters, or the ``"head"``: the last layer.
         inner_solver: Name of a registered inner solver, or ``"nesterov"``, ``"adam"`` or
-            ``"pull-back"``.
+            ``"pull-back"``; None: gradient descent, with backtracking unless the method
+            differentiates the steps.
         inner_steps: Inner steps.
         inner_lr: Inner learning rate, where the solver has one.
         inner_options: More options of the inner solver.
@@ -82,13 +83,13 @@ class Settings:
     activation: str = "relu"
     norm: str = "batch"
     init: str = "torch"
-    strength: float = 0.5
+    strength: float = 0.2
     strength_end: float | None = None
     learn_strength: str | None = None
     strength_lr: float = 0.1
     strength_min: float = 0.1
     adapted: str = "all"
-    inner_solver: str = "gradient-descent"
+    inner_solver: str | None = None
     inner_steps: int = 16
     inner_lr: float = 0.1
     inner_options: dict[str, Any] = field(default_factory=dict)
@@ -152,11 +153,13 @@ class Settings:
         if not 0.0 <= self.average < 1.0:
             raise ValueError(f"`average` is {self.average}; it lies in [0, 1), 0 for none")
         drawn = self.data == "omniglot"
+        steps = "gradient-descent" if self.method == "unrolled" else "backtracking-descent"
         usual: dict[str, Any] = {
             "rotations": drawn,
             "invert": drawn,
             "train_shots": self.shots,
             "eval_queries": self.queries,
+            "inner_solver": steps,
         }
         return replace(self, **{k: v for k, v in usual.items() if getattr(self, k) is None})
 
@@ -187,7 +190,7 @@ class Learner:
     note: str
 
 
-_PLAIN = {"strength": 0.0, "clip": 10.0}
+_PLAIN = {"strength": 0.0, "inner_solver": "gradient-descent", "clip": 10.0}
 
 LEARNERS: dict[str, Learner] = {
     "imaml": Learner(
@@ -197,8 +200,8 @@ LEARNERS: dict[str, Learner] = {
     ),
     "imaml-paper": Learner(
         "iMAML, λ = 2",
-        {"strength": 2.0, "inner_lr": 0.03},
-        "The published λ, at a rate at which gradient descent on G is stable.",
+        {"strength": 2.0},
+        "The published λ; the backtracking keeps the steps from diverging.",
     ),
     "imaml-released": Learner(
         "iMAML, released code",
@@ -243,8 +246,8 @@ LEARNERS: dict[str, Learner] = {
         "One λ for each layer.",
     ),
     "imaml-scheduled": Learner(
-        "iMAML, λ from 5 to 0.5",
-        {"strength": 5.0, "strength_end": 0.5, "inner_lr": 0.03},
+        "iMAML, λ from 5 to 0.2",
+        {"strength": 5.0, "strength_end": 0.2},
         "λ falls by equal factors.",
     ),
     "imaml-smooth": Learner(

@@ -95,7 +95,7 @@ def test_resuming_what_never_began_begins_it(settings, tmp_path, watchers):
 
 def test_a_run_that_fails_keeps_its_weights(settings, tmp_path, watchers):
     # At this rate the inner solver leaves the range of numbers.
-    wild = settings(inner_lr=1e20, inner_steps=5)
+    wild = settings(inner_solver="gradient-descent", inner_lr=1e20, inner_steps=5)
     with pytest.raises(SolveError, match="NON_FINITE"):
         run(wild, tmp_path / "run", watchers(), baselines=False)
     assert weights(tmp_path / "run")

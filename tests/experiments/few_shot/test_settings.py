@@ -9,6 +9,7 @@ from bilevel.experiments.few_shot.reptile import Reptile
 from bilevel.pytree import tree_leaves
 from bilevel.solvers import (
     LBFGS,
+    BacktrackingDescent,
     FirstOrder,
     GradientDescent,
     HessianFree,
@@ -35,11 +36,13 @@ def test_learners_are_what_they_are_called(settings):
         return make_job(settings(learner))
 
     assert job("imaml").method == ImplicitCG(max_steps=5, rtol=0.0)
-    assert job("imaml").problem.strength == 0.5
+    assert job("imaml").problem.strength == 0.2
     assert job("imaml-paper").problem.strength == 2.0
+    assert job("imaml").inner_solver == BacktrackingDescent(0.1, 2)
     assert isinstance(job("imaml-hessian-free").inner_solver, HessianFree)
     assert job("maml").method == Unrolled()
     assert job("maml").problem.strength == 0.0
+    assert job("maml").inner_solver == GradientDescent(0.1, 2)
     assert job("fomaml").method == FirstOrder()
     assert job("reptile").method == Reptile()
     assert job("reptile").training.shots == 10
@@ -58,6 +61,7 @@ def test_learners_are_what_they_are_called(settings):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
+        (None, BacktrackingDescent(0.1, 2)),
         ("gradient-descent", GradientDescent(0.1, 2)),
         ("nesterov", GradientDescent(0.1, 2, momentum=0.9, nesterov=True)),
         ("adam", TorchOptimizer("Adam", 2, lr=0.1)),
