@@ -31,6 +31,8 @@ class Record:
         metrics: Mean of each of the problem's metrics.
         curvature: Smallest and largest Rayleigh quotient that the adjoint solves of all usable
             tasks met; None where none was.
+        error_estimate: Median over usable tasks of the estimated relative error; inf where half of
+            them have no estimate, None where the method was not asked.
     """
 
     step: int
@@ -44,6 +46,7 @@ class Record:
     seconds: float
     metrics: dict[str, float] = field(default_factory=dict)
     curvature: tuple[float, float] | None = None
+    error_estimate: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, ready for JSON."""
@@ -72,8 +75,12 @@ class Record:
             low, high = curvature[usable].detach().double().to(device).unbind(-1)
             inf = float("inf")
             numbers += [low.nan_to_num(inf, inf, -inf).amin(), high.nan_to_num(-inf, inf).amax()]
+        error = result.diagnostics.error_estimate
+        if error is not None:
+            numbers.append(_column(error[usable], device).median())
         values = torch.stack(numbers).tolist()
         found = dict(zip(columns, values, strict=False))
+        median = None if error is None else values.pop()
         ends = values[len(columns) + 1 :]
         counts: dict[str, int] = {}
         for status in result.status:
@@ -90,6 +97,7 @@ class Record:
             seconds=seconds,
             metrics={key: found[f"metrics.{key}"] for key in result.metrics},
             curvature=(ends[0], ends[1]) if ends and ends[0] <= ends[1] else None,
+            error_estimate=median,
         )
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 from latex2mathml.converter import convert
 
+from bilevel.experiments import REPRODUCTIONS
+
 EQUATION = re.compile(
     r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<latex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL
 )
@@ -33,8 +35,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     with that text as description. Of a reproduction, ``{{ table NAME }}`` is its table beside the
     published numbers, and ``{{ checks NAME }}`` the claims that were checked.
 
+    What `bilevel reproduce` has not yet written says "not measured".
+
     Raises:
         ValueError: A directive names no number, or several.
+        FileNotFoundError: There is no such result, and no command that writes it.
     """
     markdown = DIRECTIVE.sub(lambda match: _filled(match, page), markdown)
     if page.file.src_uri != "results.md":
@@ -55,7 +60,10 @@ def on_post_build(config: Any, **_: Any) -> None:
 
 def _filled(match: re.Match[str], page: Any) -> str:
     kind, name, rest = match["kind"], match["name"], match["rest"].strip()
-    result = json.loads((RESULTS / f"{name}.json").read_text())
+    path = RESULTS / f"{name}.json"
+    if name in REPRODUCTIONS and not path.exists():
+        return "not measured" if kind in ("value", "table") else ""
+    result = json.loads(path.read_text())
     if kind == "source":
         return _source(result)
     if kind == "table":

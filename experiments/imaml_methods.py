@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from bilevel.run_folder import PROBES, read_metrics
+from bilevel.run_folder import METRICS, PROBES, read_metrics
 
 from .accuracy_table import AccuracyTable, Cell, Entry
 from .few_shot import LEARNERS
@@ -22,14 +22,13 @@ from .results import Row
 __all__ = ["ImamlMethods"]
 
 _TASKS: dict[str, dict[str, Any]] = {
-    "5w1s": {"ways": 5, "inner_steps": 16, "tasks": 8, "steps": 1000},
+    "5w1s": {"ways": 5, "inner_steps": 16, "tasks": 8, "steps": 500},
     "20w1s": {
         "ways": 20,
         "inner_steps": 25,
-        "inner_lr": 0.03,
         "queries": 5,
         "tasks": 4,
-        "steps": 600,
+        "steps": 500,
         "eval_tasks": 300,
     },
 }
@@ -105,6 +104,7 @@ class ImamlMethods(AccuracyTable):
             "cosine",
             "solved",
             "error",
+            "estimate",
             "differences",
         )
         body = []
@@ -123,6 +123,7 @@ class ImamlMethods(AccuracyTable):
                         _text(looks["cosine_with_first_order"], "{:.3f}"),
                         _text(looks["solved_share"], "{:.0%}"),
                         _text(looks["error"], "{:.3f}"),
+                        _text(looks["error_estimate"], "{:.3f}"),
                         _text(looks["difference_error"], "{:.0e}"),
                     )
                 )
@@ -137,6 +138,7 @@ def _looks(entry: Entry) -> dict[str, float | None]:
             status[name] = status.get(name, 0) + count
     probes = [one for cell in entry.cells for one in _probes(cell)]
     solved = [one for one in probes if one.get("exact_status") is not None]
+    records = [one for cell in entry.cells for one in read_metrics(cell.folder / METRICS)]
 
     def median(name: str, among: list[dict[str, Any]]) -> float | None:
         values = [one[name] for one in among if one.get(name) is not None]
@@ -148,7 +150,7 @@ def _looks(entry: Entry) -> dict[str, float | None]:
         "relative_residual": median("relative_residual", probes),
         "curvature": median("curvature", probes),
         "cosine_with_first_order": median("cosine_with_first_order", probes),
-        "error_estimate": median("error_estimate", probes),
+        "error_estimate": median("error_estimate", records),
         "solved_share": len(solved) / len(probes) if probes else None,
         "cosine_with_exact": median("cosine_with_exact", solved),
         "error": median("error", solved),

@@ -272,3 +272,15 @@ def test_a_record_holds_the_curvature_that_was_met():
 
     records = trainer(method=FirstOrder()).fit(torch.zeros(2, dtype=F64), task(), 1)
     assert records[0].curvature is None
+
+
+def test_a_record_holds_the_error_that_was_estimated():
+    records = trainer().fit(torch.zeros(2, dtype=F64), task(), 1)
+    assert records[0].error_estimate is None
+    # One slow inner step ends at z = 0.1 with z* = 0.5: the gradient is −0.45, and exact −0.25.
+    slow = trainer(
+        inner_solver=GradientDescent(0.1, 1), method=ImplicitCG(max_steps=9, error_estimate=True)
+    )
+    (record,) = slow.fit(torch.zeros(2, dtype=F64), task(inner=1.0), 1)
+    assert record.error_estimate == pytest.approx(0.4 / 0.9, rel=1e-3)
+    assert record.curvature == pytest.approx((2.0, 2.0))
