@@ -55,6 +55,7 @@ class ImamlMethods(AccuracyTable):
         "imaml-layers",
         "imaml-scheduled",
         "imaml-smooth",
+        "imaml-hessian-free",
         "fomaml-no-norm",
         "imaml-no-norm",
     )
