@@ -22,7 +22,7 @@ from .results import Row
 __all__ = ["ImamlMethods"]
 
 _TASKS: dict[str, dict[str, Any]] = {
-    "5w1s": {"ways": 5, "inner_steps": 16, "tasks": 8, "steps": 500},
+    "5w1s": {"ways": 5, "inner_steps": 16, "tasks": 8, "steps": 300},
     "20w1s": {
         "ways": 20,
         "inner_steps": 25,

@@ -37,7 +37,8 @@ class Settings:
         strength: λ, the pull to θ; its first value where it changes.
         strength_end: λ at the last meta-step, reached by equal factors; None: λ is not scheduled.
         learn_strength: ``"scalar"``, ``"layer"`` or ``"parameter"``; None: λ is not learned.
-        strength_lr: Learning rate of log λ.
+        strength_lr: Learning rate of log λ. Adam's steps are about as large, so that λ changes by a
+            factor of at most 1.8 at a time: θ should not be trained for long at a bad one.
         strength_min: The least λ that is learned. An implicit gradient prices the inner problem as
             if it were solved; few inner steps end long before a small λ acts, so that it asks for
             ever less of it, until the adjoint systems are hopeless.
@@ -86,7 +87,7 @@ class Settings:
     strength: float = 0.2
     strength_end: float | None = None
     learn_strength: str | None = None
-    strength_lr: float = 0.1
+    strength_lr: float = 0.6
     strength_min: float = 0.1
     adapted: str = "all"
     inner_solver: str | None = None
@@ -168,7 +169,9 @@ class Settings:
 
         Where and how long a run goes on, and what it is evaluated on, may change.
         """
-        free = ("root", "minutes", "threads", "device", "eval_tasks", "eval_queries")
+        free = ["root", "minutes", "threads", "device", "eval_tasks", "eval_queries"]
+        if self.learn_strength is None:
+            free += ["strength_lr", "strength_min"]
         # A run that is older than a setting had what is the default now.
         old = {**asdict(Settings().checked()), **other}
         names = (one.name for one in fields(self) if one.name not in free)
