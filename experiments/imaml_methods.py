@@ -124,7 +124,7 @@ class ImamlMethods(AccuracyTable):
                         _text(looks["cosine_with_first_order"], "{:.3f}"),
                         _text(looks["solved_share"], "{:.0%}"),
                         _text(looks["error"], "{:.3f}"),
-                        _text(looks["error_estimate"], "{:.3f}"),
+                        _estimated(looks),
                         _text(looks["difference_error"], "{:.0e}"),
                     )
                 )
@@ -152,11 +152,25 @@ def _looks(entry: Entry) -> dict[str, float | None]:
         "curvature": median("curvature", probes),
         "cosine_with_first_order": median("cosine_with_first_order", probes),
         "error_estimate": median("error_estimate", records),
+        "estimated_share": _share_of("error_estimate", records),
         "solved_share": len(solved) / len(probes) if probes else None,
         "cosine_with_exact": median("cosine_with_exact", solved),
         "error": median("error", solved),
         "difference_error": median("difference_error", solved),
     }
+
+
+def _share_of(name: str, among: list[dict[str, Any]]) -> float | None:
+    """In how many of the records there is such a number; None where nothing was asked for."""
+    count = sum(one.get(name) is not None for one in among)
+    return count / len(among) if count else None
+
+
+def _estimated(looks: Mapping[str, float | None]) -> str:
+    """The estimate, and in what share of the meta-steps there was one."""
+    if looks["error_estimate"] is None:
+        return "–"
+    return f"{looks['error_estimate']:.3f} in {looks['estimated_share']:.0%}"
 
 
 def _probes(cell: Cell) -> list[dict[str, Any]]:
