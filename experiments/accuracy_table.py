@@ -243,7 +243,7 @@ class AccuracyTable(Reproduction):
             axes.set_xlabel("accuracy (%)", color=INK)
             tidy(axes)
         panels[0].set_yticks(range(len(rows)), [LEARNERS[row].title for row in rows])
-        panels[0].invert_yaxis()
+        panels[0].set_ylim(len(rows) - 0.3, -0.5)
         measured = panels[0].plot([], [], "o", color=COLORS[2], label="measured")
         printed = panels[0].plot([], [], "s", color=COLORS[0], mfc="white", label="published")
         if any(key in published for key in entries):
@@ -260,7 +260,7 @@ def published_cells(
     """Published accuracies in percent, as shares of 1 by row and column."""
     names = tuple(columns)
     return {
-        (row, column): (value / 100, interval / 100)
+        (row, column): (round(value / 100, 6), round(interval / 100, 6))
         for row, cells in rows.items()
         for column, (value, interval) in zip(names, cells, strict=True)
     }
