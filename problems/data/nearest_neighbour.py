@@ -15,13 +15,13 @@ def pixel_nearest_neighbour(batch: TaskBatch) -> Tensor:
 
     Args:
         batch: Tasks whose inner and outer batches are (images ``[tasks, n, ...]``, labels
-            ``[tasks, n]``), as `EpisodeSampler` draws them.
+            ``[tasks, n]``), and maybe more, as `EpisodeSampler` draws them.
 
     Returns:
         Share of query images classified correctly, ``[tasks]``.
     """
-    support, support_labels = batch.inner_batch
-    query, query_labels = batch.outer_batch
+    support, support_labels, *_ = batch.inner_batch
+    query, query_labels, *_ = batch.outer_batch
     nearest = torch.cdist(query.flatten(2), support.flatten(2)).argmin(-1)
     predicted = support_labels.gather(1, nearest)
     accuracy: Tensor = (predicted == query_labels).to(query.dtype).mean(-1)

@@ -104,6 +104,7 @@ def test_accuracy_has_its_interval():
         ["--inner-solver", "torch-optimizer", "--inner-option", "cls=SGD"],
         ["--inner-solver", "lbfgs"],
         ["--network", "pool", "--learn-strength", "scalar"],
+        ["--no-transductive", "--eval-queries", "1"],
     ],
     ids=" ".join,
 )

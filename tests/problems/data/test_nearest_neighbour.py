@@ -13,3 +13,6 @@ def test_accuracy_per_task():
     query_labels = torch.tensor([[3, 3, 7, 7], [3, 3, 7, 7]])
     batch = TaskBatch((support, labels), (query, query_labels))
     assert pixel_nearest_neighbour(batch).tolist() == [1.0, 0.5]
+    # What batch norm refers to, where it may not see all queries, is no image to classify.
+    more = TaskBatch((support, labels), (query, query_labels, support))
+    assert pixel_nearest_neighbour(more).tolist() == [1.0, 0.5]
