@@ -42,6 +42,39 @@ def test_the_estimate_is_within_its_factors():
         assert found >= 1.8
 
 
+@pytest.mark.parametrize("name", ["imaml-fig2a", "imaml-fig2b", "imaml-table3", "imaml-strength"])
+def test_the_claims_of_a_reproduction_hold(name):
+    checks = json.loads((RESULTS / f"{name}.json").read_text())["checks"]
+    assert checks
+    assert [one for one in checks if not one["ok"]] == []
+
+
+def test_table_2_is_reached_without_a_leak_in_four_cpu_hours():
+    cell = {"learner": "imaml", "task": "5w1s", "seed": 0}
+    assert value("imaml-table2", "test_accuracy", **cell) >= 0.975
+    assert value("imaml-table2", "training_cpu_minutes", **cell) <= 240
+    checks = json.loads((RESULTS / "imaml-table2.json").read_text())["checks"]
+    assert {"no test class was trained on": True}.items() <= {
+        one["claim"]: one["ok"] for one in checks
+    }.items()
+    assert (RESULTS / "imaml-table2.log").read_text().count("step ") > 100
+
+
+def test_mini_imagenet_is_ten_points_above_chance():
+    assert value("imaml-table3", "test_accuracy", learner="imaml", task="5w1s", seed=0) >= 0.3
+
+
+def test_the_released_operator_is_the_first_order_one():
+    where = {"learner": "imaml-released", "task": "5w1s"}
+    assert value("imaml-methods", "cosine_with_first_order", **where) > 0.999
+
+
+def test_on_a_smooth_network_the_implicit_gradient_is_exact():
+    where = {"learner": "imaml-no-norm", "task": "5w1s"}
+    assert value("imaml-methods", "solved_share", **where) == 1.0
+    assert value("imaml-methods", "difference_error", **where) < 1e-2
+
+
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
 def test_a_result_says_where_it_comes_from(path):
     result = json.loads(path.read_text())
