@@ -6,12 +6,15 @@ On the glyphs that the library draws. The inner solver backtracks, so that one r
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bilevel.run_folder import METRICS, read_metrics
 
 from .accuracy_table import AccuracyTable, Entry
 from .reproduction import Check, Options
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["ImamlStrength"]
 
@@ -40,6 +43,32 @@ class ImamlStrength(AccuracyTable):
         return [
             cell for cell in super().selected(options) if cell[0] == "imaml" or cell[1] in _STARTS
         ]
+
+    def draw(self, entries: Mapping[tuple[str, str], Entry]) -> Figure:
+        """Accuracy against the λ that a run began with, fixed and learned."""
+        from .pictures import COLORS, INK, axes_of, new_figure
+
+        figure = new_figure(7.0, 4.2)
+        axes = axes_of(figure, "λ at the first meta-step", "accuracy (%)")
+        for row, color, style, label in (
+            ("imaml", COLORS[2], "o-", "fixed"),
+            ("imaml-learned", COLORS[0], "s", "learned from there"),
+        ):
+            found = {float(c): entry for (r, c), entry in entries.items() if r == row}
+            if found:
+                axes.errorbar(
+                    list(found),
+                    [100 * entry.mean for entry in found.values()],
+                    yerr=[100 * entry.interval for entry in found.values()],
+                    fmt=style,
+                    color=color,
+                    capsize=3,
+                    label=label,
+                )
+        axes.set_xscale("log")
+        axes.legend(frameon=False)
+        figure.suptitle(self.title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
+        return figure
 
     def checks(self, entries: Mapping[tuple[str, str], Entry], options: Options) -> list[Check]:
         """What is learned ends within a point of the best fixed λ."""
