@@ -11,18 +11,21 @@ import json
 import math
 import os
 import pickle
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from .errors import BilevelError
 from .pytree import PyTree, tree_map
 
-__all__ = ["RunFolder", "RunFolderError", "read_metrics"]
+__all__ = ["RunFolder", "RunFolderError", "alone", "read_json", "read_metrics"]
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -31,6 +34,18 @@ WEIGHTS = "weights.pt"
 CHECKPOINT = "checkpoint.pt"
 PROBES = "probes.jsonl"
 RESULT = "result.json"
+_LOCK = ".lock"
+_ANEW = "remove the folder, or start the run anew with --overwrite"
+_UNREADABLE = (
+    OSError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    NotImplementedError,
+    zlib.error,
+    zipfile.BadZipFile,
+    pickle.UnpicklingError,
+)
 _FILES = (CONFIG, METRICS, PROBES, CURVE, CHECKPOINT, WEIGHTS, RESULT)
 
 
@@ -67,7 +82,7 @@ class RunFolder:
         object.__setattr__(self, "path", Path(self.path))
         with _explained(f"the run folder '{self.path}' cannot be made"):
             self.path.mkdir(parents=True, exist_ok=True)
-            full = any(self.path.iterdir())
+            full = any(one.name != _LOCK for one in self.path.iterdir())
         if full and not (self.overwrite or self.resume):
             raise RunFolderError(
                 f"the run folder '{self.path}' is not empty; choose another folder, go on with the "
@@ -104,14 +119,12 @@ class RunFolder:
         Raises:
             RunFolderError: The file cannot be read, or is no JSON.
         """
-        with _explained(f"'{self.path / name}' cannot be read", cure="start the run anew"):
-            text = (self.path / name).read_bytes()
-        try:
-            return json.loads(text)
-        except ValueError as error:
-            raise RunFolderError(
-                f"'{self.path / name}' is no JSON ({error}); start the run anew with --overwrite"
-            ) from error
+        return read_json(self.path / name)
+
+    def remove(self, name: str) -> None:
+        """Remove a file that no longer holds."""
+        with _explained(f"'{self.path / name}' cannot be removed"):
+            (self.path / name).unlink(missing_ok=True)
 
     def save_checkpoint(self, state: dict[str, Any]) -> Path:
         """Save all that a resumption needs: tensors and plain values."""
@@ -127,12 +140,15 @@ class RunFolder:
             return None
         path = self.path / CHECKPOINT
         try:
+            # PyTorch writes checksums and does not look at them.
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise ValueError(f"'{damaged}' in it does not match its checksum")
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        except _UNREADABLE as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else "no content"
-            raise RunFolderError(
-                f"'{path}' cannot be read ({reason}); start the run anew with --overwrite"
-            ) from error
+            raise RunFolderError(f"'{path}' cannot be read ({reason}); {_ANEW}") from error
         return state
 
     def keep_records(self, count: int, name: str = METRICS) -> list[dict[str, Any]]:
@@ -181,6 +197,47 @@ class RunFolder:
         finally:
             temporary.unlink(missing_ok=True)
         return path
+
+
+@contextlib.contextmanager
+def alone(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Keep other processes that ask likewise out of a folder meanwhile; a crash lets go of it.
+
+    Args:
+        path: The folder, made if it does not exist.
+
+    Raises:
+        RunFolderError: Another process works in it, or it cannot be made.
+    """
+    with _explained(f"the run folder '{path}' cannot be made"):
+        Path(path).mkdir(parents=True, exist_ok=True)
+        lock = FileLock(Path(path) / _LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise RunFolderError(
+                f"another process works in '{path}'; wait for it, or choose another folder"
+            ) from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows removes no file that is open
+            (Path(path) / _LOCK).unlink()
+        lock.release()
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """What `RunFolder.write_json` wrote.
+
+    Raises:
+        RunFolderError: The file cannot be read, or is no JSON.
+    """
+    with _explained(f"'{path}' cannot be read", cure=_ANEW):
+        text = Path(path).read_bytes()
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise RunFolderError(f"'{path}' is no JSON ({error}); {_ANEW}") from error
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -6,9 +6,9 @@ from .imaml_methods import ImamlMethods
 from .imaml_strength import ImamlStrength
 from .imaml_table2 import ImamlTable2
 from .imaml_table3 import ImamlTable3
-from .reproduction import Check, Options, Outcome, Reproduction, Table
+from .reproduction import Check, Options, Origin, Outcome, Reproduction, Table
 
-__all__ = ["REPRODUCTIONS", "Check", "Options", "Outcome", "Reproduction", "Table"]
+__all__ = ["REPRODUCTIONS", "Check", "Options", "Origin", "Outcome", "Reproduction", "Table"]
 
 REPRODUCTIONS: dict[str, Reproduction] = {
     one.name: one

@@ -14,17 +14,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bilevel.run_folder import CONFIG, RESULT, RunFolder
+from bilevel import SolveError
+from bilevel.run_folder import CONFIG, RESULT, RunFolderError, read_json
 
 from .few_shot import LEARNERS, Settings, run
 from .few_shot.run import Watcher
-from .reproduction import Check, Options, Outcome, Reproduction, Table, percent
+from .reproduction import Check, Options, Origin, Outcome, Reproduction, Table, percent
 from .results import Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["AccuracyTable", "Cell", "Entry", "published_cells"]
+
+# Options of the command, or what names a column: no setting to change.
+_ELSEWHERE = {
+    "learner": "rows",
+    "ways": "columns",
+    "shots": "columns",
+    "seed": "seeds",
+    "root": "root",
+    "device": "device",
+    "threads": "threads",
+}
+_EVALUATION = ("eval_tasks", "eval_queries")
 
 Published = Mapping[tuple[str, str], tuple[float, float]]
 
@@ -95,12 +108,16 @@ class AccuracyTable(Reproduction):
         learners: Names of the learners, in the order of the rows.
         published: Accuracy and interval as shares of 1, by row and column.
         data: What the published numbers were measured on.
+        defining: Settings that name a column, and can be changed in none.
     """
+
+    takes = ("seeds", "device")
 
     tasks: ClassVar[Mapping[str, dict[str, Any]]] = {}
     learners: ClassVar[tuple[str, ...]] = ()
     published: ClassVar[Published] = {}
     data: ClassVar[str]
+    defining: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
@@ -130,23 +147,51 @@ class AccuracyTable(Reproduction):
         return Settings.of(row, **{**usual, **place, "root": options.root})
 
     def _run(self, options: Options, watcher: Watcher) -> Outcome:
-        finished = True
+        self._check_changes(options)
+        finished, failed = True, []
         for row, column, seed in self.selected(options):
             path = _folder(options.out, row, column, seed)
             settings = self.settings(row, column, seed, options)
-            if _is_finished(path) and not settings.differs_from(_settings_of(path)):
+            if _is_finished(path) and _is_of(settings, _settings_of(path)):
                 continue
-            if not run(settings, path, watcher, resume=True, baselines=False):
-                finished = False
+            try:
+                finished = run(settings, path, watcher, resume=True, baselines=False)
+            except SolveError as error:
+                # The other cells may fare better; the same command tries this one again.
+                claim = f"{row} {column}, seed {seed}: training comes to its end"
+                failed.append(Check(claim, ok=False, found=str(error)))
+            if not finished:
                 break
         entries = self.entries(options.out)
         return Outcome(
             list(self._rows(entries)),
             self._table(entries, self._shown(entries, options)),
             self.draw(entries) if entries else None,
-            (*_no_leak(entries), *self.checks(entries, options)),
+            (*failed, *_no_leak(entries), *_usable(entries), *self.checks(entries, options)),
             finished,
+            _origin(entries) if entries else None,
         )
+
+    def _check_changes(self, options: Options) -> None:
+        """Refuse changes that would be without effect, or make another column of one.
+
+        Raises:
+            ValueError: There is such a change, or no cell is selected.
+        """
+        rows = {row for row, _, _ in self.selected(options)}
+        if not rows:
+            raise ValueError(
+                f"{self.name} has no cell in columns {', '.join(options.columns)} of rows "
+                f"{', '.join(options.rows)}; leave one of the two out"
+            )
+        for name in options.changes:
+            if name in _ELSEWHERE:
+                raise ValueError(f"`{name}` cannot be set; choose by `{_ELSEWHERE[name]}`")
+            if name in self.defining:
+                raise ValueError(f"`{name}` names the columns of {self.name}; choose by `columns`")
+            if all(name in LEARNERS[row].settings for row in rows):
+                listed = ", ".join(sorted(rows))
+                raise ValueError(f"`{name}` is what makes {listed}, and cannot be set")
 
     def entries(self, out: Path) -> dict[tuple[str, str], Entry]:
         """What is finished in a folder, whichever call it was asked for by."""
@@ -156,15 +201,23 @@ class AccuracyTable(Reproduction):
                 for path in sorted(out.glob(f"cells/{row}-{column}-seed*")):
                     seed = int(path.name.rpartition("seed")[2])
                     if path == _folder(out, row, column, seed) and _is_finished(path):
-                        folder = RunFolder(path, resume=True)
-                        config, result = folder.read_json(CONFIG), folder.read_json(RESULT)
+                        config, result = read_json(path / CONFIG), read_json(path / RESULT)
                         cell = Cell(row, column, seed, path, config, result)
                         found.setdefault((row, column), []).append(cell)
+        for cells in found.values():
+            for cell in cells[1:]:
+                _check_alike(cells[0], cell)
         return {key: Entry(tuple(cells)) for key, cells in found.items()}
 
     def _comparable(self, entries: Mapping[tuple[str, str], Entry]) -> Published:
-        """The published numbers, without those of cells that ran on other data."""
-        other = {key for key, entry in entries.items() if entry.settings["data"] != self.data}
+        """The published numbers: none beside other data, nor beside another evaluation."""
+        if any(entry.settings["data"] != self.data for entry in entries.values()):
+            return {}
+        other = {
+            (row, column)
+            for (row, column), entry in entries.items()
+            if entry.settings["eval_queries"] != self.tasks[column].get("eval_queries")
+        }
         return {key: value for key, value in self.published.items() if key not in other}
 
     def _rows(self, entries: Mapping[tuple[str, str], Entry]) -> Iterator[Row]:
@@ -214,7 +267,9 @@ class AccuracyTable(Reproduction):
                     for column in columns
                 ]
                 body.append(("  published", *values))
-        return Table(("accuracy, %", *columns), tuple(body))
+        found = dict.fromkeys(entry.settings["data"] for entry in entries.values())
+        data = ", ".join(found) or self.data
+        return Table((f"{data}, accuracy in %", *columns), tuple(body))
 
     def draw(self, entries: Mapping[tuple[str, str], Entry]) -> Figure:
         """Accuracies with their intervals, published ones beside them; a panel for each column."""
@@ -271,12 +326,72 @@ def _folder(out: Path, row: str, column: str, seed: int) -> Path:
 
 
 def _is_finished(path: Path) -> bool:
-    folder = path / RESULT
-    return folder.is_file() and bool(RunFolder(path, resume=True).read_json(RESULT)["finished"])
+    if not (path / RESULT).is_file():
+        return False
+    result = read_json(path / RESULT)
+    if "finished" not in result:
+        raise RunFolderError(f"'{path / RESULT}' is no result of a run; remove the folder '{path}'")
+    return bool(result["finished"])
 
 
 def _settings_of(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = RunFolder(path, resume=True).read_json(CONFIG)["settings"]
+    found: dict[str, Any] = read_json(path / CONFIG)["settings"]
+    return found
+
+
+def _is_of(settings: Settings, other: Mapping[str, Any]) -> bool:
+    """Whether a finished run of ``other`` answers what ``settings`` asks, evaluation included."""
+    same = all(other[name] == getattr(settings, name) for name in _EVALUATION)
+    return same and settings.differs_from(other) is None
+
+
+def _check_alike(first: Cell, cell: Cell) -> None:
+    """Seeds of an entry may differ in nothing else.
+
+    Raises:
+        RunFolderError: They do.
+    """
+    mine = Settings(**cell.settings)
+    name = mine.differs_from({**first.settings, "seed": mine.seed}) or next(
+        (one for one in _EVALUATION if cell.settings[one] != first.settings[one]), None
+    )
+    if name is not None:
+        raise RunFolderError(
+            f"'{cell.folder}' has {name} = {cell.settings.get(name)!r}, but '{first.folder}' has "
+            f"{first.settings.get(name)!r}, so that they are no seeds of one another; remove one "
+            "of the folders, or run both alike"
+        )
+
+
+def _origin(entries: Mapping[tuple[str, str], Entry]) -> Origin:
+    cells = [cell for entry in entries.values() for cell in entry.cells]
+
+    def listed(texts: Iterable[str]) -> str:
+        return ", ".join(dict.fromkeys(texts))
+
+    return Origin(
+        tuple(sorted({cell.seed for cell in cells})),
+        listed(cell.settings["device"] for cell in cells),
+        listed(cell.result["commit"] for cell in cells),
+        listed(
+            "{processor}, {cores} cores, torch {torch}, {threads} threads".format(
+                **cell.result["machine"], torch=cell.result["torch"]
+            )
+            for cell in cells
+        ),
+    )
+
+
+def _usable(entries: Mapping[tuple[str, str], Entry]) -> list[Check]:
+    """Named only where adaptation failed on a test task: its accuracy means little."""
+    found = []
+    for (row, column), entry in entries.items():
+        one = [cell.result["accuracy"]["trained"] for cell in entry.cells]
+        failed = sum(result.get("unusable", 0) for result in one)
+        if failed:
+            total = sum(result["tasks"] for result in one)
+            claim = f"{row} {column}: every test task can be adapted to"
+            found.append(Check(claim, ok=False, found=f"{failed} of {total} cannot"))
     return found
 
 

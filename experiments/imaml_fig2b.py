@@ -22,6 +22,7 @@ from bilevel.problems import EpisodeSampler, FewShot, conv_strided, glyphs
 from bilevel.pytree import PyTree
 from bilevel.solvers import FirstOrder, GradientDescent, ImplicitCG, Unrolled
 
+from .few_shot.job import usable_device
 from .few_shot.run import Watcher
 from .reproduction import Check, Options, Outcome, Reproduction, Table
 from .results import Row
@@ -91,6 +92,7 @@ class ImamlFig2b(Reproduction):
     name = "imaml-fig2b"
     title = "iMAML, figure 2b: memory and time of a meta-gradient"
     source = "Rajeswaran et al. (2019), figure 2b, digitised; 20-way 5-shot, one task"
+    takes = ("device",)
 
     def _run(self, options: Options, watcher: Watcher) -> Outcome:
         if options.threads is not None:
@@ -109,13 +111,14 @@ Job = Callable[[HypergradientMethod, int], Callable[[], object]]
 
 def _job(ways: int, shots: int, channels: int, options: Options) -> Job:
     """What makes the meta-step of a method with so many inner steps."""
-    module = conv_strided(ways, channels, seed=options.seeds[0]).to(options.device)
+    device = usable_device(options.device)
+    module = conv_strided(ways, channels, seed=0).to(device)
     params, net = stateless(module)
     # Strong enough that nothing diverges in a few steps; no cost depends on it.
     problem = FewShot(net, strength=20.0)
     outer: PyTree = problem.initial_outer(params)
-    pool = glyphs(seed=options.seeds[0]).to(options.device)
-    task: TaskBatch = EpisodeSampler(pool, ways, shots, shots, tasks=1, seed=options.seeds[0])(0)
+    pool = glyphs(seed=0).to(device)
+    task: TaskBatch = EpisodeSampler(pool, ways, shots, shots, tasks=1)(0)
 
     def make(method: HypergradientMethod, steps: int) -> Callable[[], object]:
         solver = GradientDescent(lr=0.02, max_steps=steps)

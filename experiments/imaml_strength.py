@@ -21,6 +21,8 @@ __all__ = ["ImamlStrength"]
 _STRENGTHS = (0.02, 0.1, 0.5, 2.0, 10.0, 50.0)
 _TASKS: dict[str, dict[str, Any]] = {f"{one:g}": {"strength": one} for one in _STRENGTHS}
 _STARTS = ("0.02", "50")
+# Far below every fixed value, so that no bound decides where λ ends.
+_LEAST = 1e-4
 
 
 class ImamlStrength(AccuracyTable):
@@ -30,12 +32,13 @@ class ImamlStrength(AccuracyTable):
     title = "iMAML: λ learned from a bad start"
     source = "no published table; 5-way 1-shot on glyphs, 300 meta-steps"
     data = "glyphs"
+    defining = ("strength",)
     tasks = _TASKS
     learners = ("imaml", "imaml-learned")
 
     def base(self, options: Options) -> dict[str, Any]:
         """The usual run on glyphs; or fewer steps of fewer tasks."""
-        common = {"data": "glyphs"}
+        common = {"data": "glyphs", "strength_min": _LEAST}
         return {**common, "steps": 100, "tasks": 4, "eval_tasks": 200} if options.quick else common
 
     def selected(self, options: Options) -> list[tuple[str, str, int]]:

@@ -17,7 +17,7 @@ from .results import Row, write_results
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Check", "Options", "Outcome", "Reproduction", "Table"]
+__all__ = ["Check", "Options", "Origin", "Outcome", "Reproduction", "Table"]
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,23 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where numbers come from that an earlier process measured.
+
+    Attributes:
+        seeds: Seeds.
+        device: Devices, with commas between them.
+        commit: Commits that ran, likewise.
+        machine: Machines, likewise.
+    """
+
+    seeds: tuple[int, ...]
+    device: str
+    commit: str
+    machine: str
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What a reproduction found.
 
@@ -84,6 +101,7 @@ class Outcome:
         figure: The picture in the paper's layout; None where nothing was measured.
         checks: Claims, confirmed or not.
         finished: False where it was interrupted; the same command goes on.
+        origin: Where the numbers come from; None: from this process.
     """
 
     rows: list[Row]
@@ -91,6 +109,7 @@ class Outcome:
     figure: Figure | None
     checks: tuple[Check, ...] = ()
     finished: bool = True
+    origin: Origin | None = None
 
 
 class Reproduction(ABC):
@@ -100,7 +119,9 @@ class Reproduction(ABC):
         name: What the command line calls it.
         title: What people call it.
         source: The paper, and where in it.
-        choices: Names of the columns and rows that can be chosen.
+        columns: Names of the columns that can be chosen.
+        rows: Names of the rows that can be chosen.
+        takes: Which of the options ``seeds`` and ``device`` it heeds; others are refused.
     """
 
     name: ClassVar[str]
@@ -108,6 +129,7 @@ class Reproduction(ABC):
     source: ClassVar[str]
     columns: ClassVar[tuple[str, ...]] = ()
     rows: ClassVar[tuple[str, ...]] = ()
+    takes: ClassVar[tuple[str, ...]] = ()
 
     def run(self, options: Options, watcher: Watcher) -> Outcome:
         """Run it, and write a table, JSON and a picture into ``options.out``.
@@ -124,6 +146,9 @@ class Reproduction(ABC):
                     raise ValueError(f"`{kind}` of {self.name} has no '{name}'; known: {listed}")
         if options.changes and not self.rows:
             raise ValueError(f"{self.name} runs no learners, so there are no settings to change")
+        for kind, usual in (("seeds", (0,)), ("device", "cpu")):
+            if kind not in self.takes and getattr(options, kind) != usual:
+                raise ValueError(f"{self.name} does not depend on `{kind}`; leave it out")
         folder = RunFolder(options.out, resume=True)
         outcome = self._run(options, watcher)
         self._write(folder, options, outcome)
@@ -135,14 +160,17 @@ class Reproduction(ABC):
 
     def _write(self, folder: RunFolder, options: Options, outcome: Outcome) -> None:
         if outcome.rows:
+            origin = outcome.origin
             path = write_results(
                 folder.path,
                 self.name,
                 [],
                 outcome.rows,
-                list(options.seeds),
-                device=options.device,
+                list(origin.seeds) if origin else [],
+                device=origin.device if origin else options.device,
                 command=options.command,
+                measured_at=origin.commit if origin else None,
+                machine=origin.machine if origin else None,
             )
             text = path.read_text()
             content = {

@@ -48,6 +48,7 @@ def write_results(
     device: str = "cpu",
     command: str | None = None,
     measured_at: str | None = None,
+    machine: str | None = None,
 ) -> Path:
     """Write ``folder/name.json`` with where, when and by which command it was measured.
 
@@ -60,6 +61,7 @@ def write_results(
         device: ``"cpu"``, or the name of the accelerator.
         command: The command, where it is none of ``benchmarks/``.
         measured_at: The commit that ran; default: the one at hand.
+        machine: The machine that ran; default: the one at hand.
     """
     folder.mkdir(parents=True, exist_ok=True)
     content = {
@@ -67,14 +69,15 @@ def write_results(
         "command": command or " ".join(["python", "benchmarks/" + Path(argv[0]).name, *argv[1:]]),
         "commit": measured_at or commit(),
         "date": dt.date.today().isoformat(),
-        "machine": f"{processor()}, {os.cpu_count()} cores, torch {torch.__version__}, "
+        "machine": machine
+        or f"{processor()}, {os.cpu_count()} cores, torch {torch.__version__}, "
         f"{torch.get_num_threads()} threads",
         "device": device,
         "seeds": seeds,
         "rows": [row.as_dict() for row in rows],
     }
     path = folder / f"{name}.json"
-    scratch = path.with_suffix(".json.part")
+    scratch = path.with_suffix(f".json.{os.getpid()}.part")
     scratch.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(scratch, path)
     return path

@@ -15,11 +15,12 @@ from rich.table import Table
 from bilevel.build import find
 
 from .display import Display
-from .siblings import load, parse_options
+from .siblings import load, split_options
 
 __all__ = ["reproduce"]
 
 _experiments: Any = load("experiments")
+_few_shot: Any = load("experiments.few_shot")
 _NAMES = ", ".join(_experiments.REPRODUCTIONS)
 
 
@@ -64,7 +65,10 @@ def reproduce(
         seeds=_seeds(seeds),
         columns=_words(columns),
         rows=_words(rows),
-        changes=parse_options(change or [], "--set"),
+        changes={
+            key: _few_shot.Settings.read(key, text)
+            for key, text in split_options(change or [], "--set").items()
+        },
         root=None if root is None else str(root),
         device=device,
         threads=threads,
@@ -126,9 +130,12 @@ def show(console: Console, reproduction: Any, outcome: Any) -> None:
 
 def _seeds(text: str) -> tuple[int, ...]:
     try:
-        return tuple(int(word) for word in _words(text))
+        seeds = tuple(int(word) for word in _words(text))
     except ValueError:
-        raise ValueError(f"`--seeds` is '{text}'; write whole numbers, such as 0,1,2") from None
+        seeds = ()
+    if not seeds:
+        raise ValueError(f"`--seeds` is '{text}'; write whole numbers, such as 0,1,2")
+    return seeds
 
 
 def _words(text: str | None) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from bilevel.registry import (
     Registry,
 )
 
-__all__ = ["load", "parse_options", "registries"]
+__all__ = ["load", "parse_options", "registries", "split_options"]
 
 
 def load(name: str) -> Any:
@@ -36,12 +36,21 @@ def parse_options(texts: Iterable[str], flag: str) -> dict[str, Any]:
     Raises:
         ValueError: A text is not of this form.
     """
+    return {key: _value(value) for key, value in split_options(texts, flag).items()}
+
+
+def split_options(texts: Iterable[str], flag: str) -> dict[str, str]:
+    """Texts ``key=value`` by key.
+
+    Raises:
+        ValueError: A text is not of this form.
+    """
     options = {}
     for text in texts:
         key, equals, value = text.partition("=")
         if not (equals and key.strip().isidentifier()):
             raise ValueError(f"`{flag}` is '{text}'; write key=value, such as max_steps=10")
-        options[key.strip()] = _value(value.strip())
+        options[key.strip()] = value.strip()
     return options
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from bilevel.inner_solver import InnerSolver
 from bilevel.method import HypergradientMethod
 from bilevel.problems import EpisodeSampler, FewShot, ImageClasses, data
 from bilevel.pytree import PyTree, tree_leaves
-from bilevel.registry import INNER_SOLVERS, METHODS
+from bilevel.registry import INNER_SOLVERS, METHODS, Registry
 
 from .released import PullBack, ReleasedCG
 from .reptile import Reptile
@@ -29,6 +29,12 @@ __all__ = ["Job", "make_job"]
 # The classes are parted alike for every seed, so that runs can be compared.
 _SPLIT_SEED = 0
 _NETWORKS = {"strided": problems.conv_strided, "pool": problems.conv_pool}
+# What belongs to published experiments only is in no registry of the library's.
+_OWN_SOLVERS: Registry[InnerSolver] = Registry("inner solver")
+_OWN_SOLVERS.register("pull-back")(PullBack)
+_OWN_METHODS: Registry[HypergradientMethod] = Registry("hypergradient method")
+_OWN_METHODS.register("released")(ReleasedCG)
+_OWN_METHODS.register("reptile")(Reptile)
 _ACTIVATIONS = {"relu": nn.ReLU, "softplus": nn.Softplus, "silu": nn.SiLU, "tanh": nn.Tanh}
 
 
@@ -132,7 +138,7 @@ def make_job(settings: Settings) -> Job:
         DataError: The data set cannot be read.
     """
     settings = settings.checked()
-    device = _device(settings.device)
+    device = usable_device(settings.device)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     inner_solver, method = _inner_solver(settings), _method(settings)
@@ -215,13 +221,14 @@ def _inner_solver(settings: Settings) -> InnerSolver:
             "hessian-free",
             {"max_steps": steps, "tol": None, "cg_steps": 5, "cg_rtol": 0.0},
         ),
+        "pull-back": ("pull-back", {"lr": lr, "max_steps": steps}),
     }
-    if settings.inner_solver == "pull-back":
-        return PullBack(lr, steps)
     asked = settings.inner_solver
     assert asked is not None  # `checked` leaves nothing open
+    find("inner solver", asked, {**dict.fromkeys(INNER_SOLVERS), **usual})
     name, options = usual.get(asked, (asked, {}))
-    solver: InnerSolver = build(INNER_SOLVERS, name, {**options, **settings.inner_options})
+    registry = _OWN_SOLVERS if name in _OWN_SOLVERS else INNER_SOLVERS
+    solver: InnerSolver = build(registry, name, {**options, **settings.inner_options})
     return solver
 
 
@@ -232,11 +239,10 @@ def _method(settings: Settings) -> HypergradientMethod:
         "neumann": {"terms": 5},
         "implicit": {"linear_solver": "cg"},
     }
-    own: Mapping[str, type[HypergradientMethod]] = {"released": ReleasedCG, "reptile": Reptile}
-    if settings.method in own:
-        return own[settings.method](**settings.method_options)
+    find("hypergradient method", settings.method, dict.fromkeys([*METHODS, *_OWN_METHODS]))
+    registry = _OWN_METHODS if settings.method in _OWN_METHODS else METHODS
     options = {**usual.get(settings.method, {}), **settings.method_options}
-    method: HypergradientMethod = build(METHODS, settings.method, options)
+    method: HypergradientMethod = build(registry, settings.method, options)
     return method
 
 
@@ -285,7 +291,7 @@ def _toned(pool: ImageClasses, invert: bool) -> ImageClasses:
     return ImageClasses(white - pool.images, pool.names)
 
 
-def _device(name: str) -> torch.device:
+def usable_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -84,6 +84,8 @@ class ReleasedCG(HypergradientMethod):
         if regularizer is None or not isinstance(regularizer.strength, int | float):
             raise StructureError("ReleasedCG needs a proximal regularizer with one fixed strength")
         strength = float(regularizer.strength)
+        if strength == 0.0:
+            raise StructureError("ReleasedCG divides by λ, which is 0; set a strength > 0")
         shifted = strength + self.strength_damping
         damping = (1.0 + self.cg_damping) * shifted - strength
         method = ImplicitCG(max_steps=self.max_steps, rtol=0.0, damping=damping)

@@ -19,9 +19,10 @@ from torch import Tensor
 
 import bilevel
 from bilevel import Record, SolveError, Training, solve_inner
-from bilevel.problems.data import pixel_nearest_neighbour
+from bilevel.problems.data import DataError, pixel_nearest_neighbour
 from bilevel.pytree import PyTree, tree_map
 from bilevel.run_folder import (
+    CHECKPOINT,
     CONFIG,
     CURVE,
     METRICS,
@@ -30,6 +31,7 @@ from bilevel.run_folder import (
     WEIGHTS,
     RunFolder,
     RunFolderError,
+    alone,
 )
 
 from ..results import commit, processor
@@ -69,24 +71,41 @@ class Watcher(Protocol):
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Mean accuracy over tasks with its 95 % interval, 1.96 standard errors, as shares of 1."""
+    """Mean accuracy over tasks with its 95 % interval, 1.96 standard errors, as shares of 1.
+
+    Attributes:
+        mean: The mean.
+        interval: Half the interval.
+        tasks: Number of tasks.
+        unusable: Tasks whose inner solver failed, so that no adapted network was judged.
+    """
 
     mean: float
     interval: float
     tasks: int
+    unusable: int = 0
 
     @classmethod
     def of(cls, values: Tensor) -> Accuracy:
-        """From the accuracy of each task, ``[tasks]``."""
-        spread = values.double().std().item() if len(values) > 1 else 0.0
-        return cls(values.double().mean().item(), 1.96 * spread / len(values) ** 0.5, len(values))
+        """From the accuracy of each task, ``[tasks]``; NaN where a task could not be adapted to.
+
+        Such a task counts as one on which nothing is right.
+        """
+        failed = values.isnan()
+        values = values.double().nan_to_num(0.0)
+        spread = values.std().item() if len(values) > 1 else 0.0
+        interval = 1.96 * spread / len(values) ** 0.5
+        return cls(values.mean().item(), interval, len(values), int(failed.sum()))
 
     def __str__(self) -> str:
         return f"{100 * self.mean:.1f} ± {100 * self.interval:.1f} %"
 
 
 def evaluate(job: Job, outer: PyTree, advance: Callable[[int], None]) -> Tensor:
-    """Accuracy on each held-out task after adapting from ``outer``, ``[tasks]``."""
+    """Accuracy on each held-out task after adapting from ``outer``, ``[tasks]``.
+
+    NaN where the inner solver failed.
+    """
     problem = job.test_problem
     if job.settings.plain_test and isinstance(outer, dict) and "theta" in outer:
         outer = outer["theta"]
@@ -97,7 +116,9 @@ def evaluate(job: Job, outer: PyTree, advance: Callable[[int], None]) -> Tensor:
             inner = tree_map(lambda x, i=i: x[i], solution.inner)
             with torch.no_grad():
                 metrics = problem.metrics(inner, outer, task.outer_batch)
-            found.append(metrics["accuracy"].double().cpu())
+            accuracy = metrics["accuracy"].double().cpu()
+            usable = solution.status[i].usable
+            found.append(accuracy if usable else torch.full_like(accuracy, float("nan")))
         advance(len(batch))
     return torch.stack(found)
 
@@ -125,17 +146,25 @@ def run(
         Whether the run came to its end; False after Ctrl-C.
 
     Raises:
-        BilevelError: Training failed, or the folder cannot be written. What was there is kept.
+        BilevelError: Training failed, the folder cannot be written or another process works in
+            it, or held-out classes are among those of training. What was there is kept.
         ValueError: A setting is wrong, or a resumed run had other settings.
     """
     job = make_job(settings)
     settings = job.settings
-    folder = RunFolder(path, overwrite, resume)
+    _check_classes(job)
+    with alone(path):
+        return _run(job, RunFolder(path, overwrite, resume), watcher, baselines)
+
+
+def _run(job: Job, folder: RunFolder, watcher: Watcher, baselines: bool) -> bool:
+    settings = job.settings
     before = tree_map(lambda x: x.detach().clone(), job.outer)
     training = job.trainer().begin(job.outer)
     records, spent = _resumed(job, folder, training)
+    folder.remove(RESULT)  # one of other evaluation settings must not stand beside these
     folder.write_json(CONFIG, _describe(job))
-    watcher.start(title(settings), job.choices, str(path))
+    watcher.start(title(settings), job.choices, str(folder.path))
     with _ctrl_c() as interrupted:
         with watcher.training(settings.steps, settings.minutes, len(records)) as bar:
             spent = _train(job, folder, training, records, spent, bar.update, interrupted)
@@ -225,6 +254,11 @@ def _resumed(job: Job, folder: RunFolder, training: Training) -> tuple[list[dict
     if state is None:
         folder.keep_records(0)
         return [], 0.0
+    if not {"training", "cpu_seconds"} <= set(state):
+        raise RunFolderError(
+            f"'{folder.path / CHECKPOINT}' is no checkpoint of such a run; remove the folder, or "
+            "start the run anew with --overwrite"
+        )
     training.load_state_dict(state["training"])
     if folder.has(PROBES):
         folder.keep_records(training.steps, PROBES)
@@ -232,7 +266,7 @@ def _resumed(job: Job, folder: RunFolder, training: Training) -> tuple[list[dict
     if len(records) != training.steps:
         raise RunFolderError(
             f"'{folder.path / METRICS}' holds {len(records)} records of {training.steps} steps; "
-            "start the run anew with --overwrite"
+            "remove the folder, or start the run anew with --overwrite"
         )
     return records, state["cpu_seconds"]
 
@@ -340,6 +374,20 @@ def _result(
         "bilevel": bilevel.__version__,
         "commit": commit(),
     }
+
+
+def _check_classes(job: Job) -> None:
+    """Refuse to evaluate on classes that are trained on.
+
+    Raises:
+        DataError: There are such classes.
+    """
+    shared = set(job.training.pool.names) & set(job.held_out.pool.names)
+    if shared:
+        raise DataError(
+            f"{len(shared)} held-out classes are trained on, '{min(shared)}' for one; split the "
+            "data once, by one permutation"
+        )
 
 
 def _describe(job: Job) -> dict[str, Any]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import types
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 __all__ = ["LEARNERS", "Learner", "Settings"]
 
@@ -132,6 +135,11 @@ class Settings:
         Raises:
             ValueError: One is out of range, or two exclude each other.
         """
+        for one in fields(self):
+            _check_type(one.name, getattr(self, one.name))
+        for name, least in _LEAST.items():
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it is at least {least}")
         choices = {
             "split": ("test", "validation"),
             "adapted": ("all", "head"),
@@ -151,6 +159,11 @@ class Settings:
             raise ValueError(
                 f"`strength_min` is {self.strength_min}; λ is learned by its logarithm"
             )
+        if self.learn_strength is not None and self.strength < self.strength_min:
+            raise ValueError(
+                f"`strength` is {self.strength}, below `strength_min` = {self.strength_min}, to "
+                "which the first meta-step would set it; start higher, or lower the bound"
+            )
         if not 0.0 <= self.average < 1.0:
             raise ValueError(f"`average` is {self.average}; it lies in [0, 1), 0 for none")
         drawn = self.data == "omniglot"
@@ -164,6 +177,28 @@ class Settings:
         }
         return replace(self, **{k: v for k, v in usual.items() if getattr(self, k) is None})
 
+    @classmethod
+    def read(cls, name: str, text: str) -> Any:
+        """The value of a setting as a user types it.
+
+        Raises:
+            ValueError: There is no such setting, or the text is no value of its type.
+        """
+        if name not in _TYPES:
+            raise ValueError(f"there is no setting '{name}'; known: {', '.join(_TYPES)}")
+        kinds, words = _TYPES[name], text.strip().lower()
+        if type(None) in kinds and words == "none":
+            return None
+        if bool in kinds and words in _WORDS:
+            return _WORDS[words]
+        for kind in (int, float):
+            if kind in kinds:
+                with contextlib.suppress(ValueError):
+                    return kind(text)
+        if str in kinds:
+            return text.strip()
+        raise ValueError(f"`{name}` is '{text}'; write {_expected(name)}")
+
     def differs_from(self, other: Mapping[str, Any]) -> str | None:
         """The first setting that makes another run than those of ``other``; None if there is none.
 
@@ -176,6 +211,39 @@ class Settings:
         old = {**asdict(Settings().checked()), **other}
         names = (one.name for one in fields(self) if one.name not in free)
         return next((name for name in names if old[name] != getattr(self, name)), None)
+
+
+# Types of each setting, without what they hold.
+_TYPES: dict[str, tuple[type, ...]] = {
+    name: tuple(
+        get_origin(one) or one
+        for one in (get_args(hint) if isinstance(hint, types.UnionType) else (hint,))
+    )
+    for name, hint in get_type_hints(Settings).items()
+}
+_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_CALLED = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
+_LEAST = {
+    **dict.fromkeys(("shots", "train_shots", "queries", "eval_queries", "tasks", "channels"), 1),
+    **dict.fromkeys(("eval_tasks", "threads"), 1),
+    **dict.fromkeys(("steps", "inner_steps", "probe_every", "clip", "strength", "minutes"), 0),
+    "ways": 2,
+}
+
+
+def _check_type(name: str, value: Any) -> None:
+    """Raise ValueError unless the value is of the setting's type; a number is one, and finite."""
+    kinds = _TYPES[name]
+    fine = isinstance(value, kinds) or (float in kinds and isinstance(value, int))
+    if isinstance(value, bool) and bool not in kinds:
+        fine = False
+    if not fine or (isinstance(value, float) and math.isnan(value)):
+        raise ValueError(f"`{name}` is {value!r}; pass {_expected(name)}")
+
+
+def _expected(name: str) -> str:
+    words = [_CALLED.get(kind, kind.__name__) for kind in _TYPES[name] if kind is not type(None)]
+    return " or ".join(words + ["none"] * (type(None) in _TYPES[name]))
 
 
 @dataclass(frozen=True)
@@ -247,8 +315,8 @@ LEARNERS: dict[str, Learner] = {
     ),
     "imaml-layers": Learner(
         "iMAML, λ learned by layer",
-        {"learn_strength": "layer"},
-        "One λ for each layer.",
+        {"learn_strength": "layer", "strength_lr": 0.1},
+        "One λ for each layer; they diverge at the rate that suits a single one.",
     ),
     "imaml-scheduled": Learner(
         "iMAML, λ from 5 to 0.2",

@@ -11,6 +11,7 @@ from bilevel.experiments.imaml_fig2a import (
     meta_gradient_error,
     random_quadratic,
 )
+from bilevel.run_folder import RunFolderError
 from bilevel.solvers import ImplicitCG, Unrolled
 
 SMALL = {"channels": 4, "tasks": 2, "queries": 2, "eval_tasks": 5, "steps": 2}
@@ -96,7 +97,7 @@ def test_a_table_is_filled_in_several_sittings(tmp_path, watchers):
     named = {line[0]: line[1] for line in outcome.table.body}
     assert "2 seeds" in named["iMAML"]
     assert "no adaptation" in named
-    assert outcome.table.head == ("accuracy, %", "5w1s")
+    assert outcome.table.head == ("glyphs, accuracy in %", "5w1s")
     third = watchers()
     again = table(tmp_path, third, rows=("imaml",), seeds=(0,))
     assert not third.results
@@ -145,8 +146,62 @@ def test_published_numbers_stand_beside_measured_ones_on_the_same_data_only(tmp_
     assert empty.body[0] == ("iMAML", *["not measured"] * 4)
     outcome = table(tmp_path, watchers(), rows=("imaml",))
     # These ran on glyphs.
-    assert all("published" not in line[0] for line in outcome.table.body[:2])
+    assert all("published" not in line[0] for line in outcome.table.body)
     assert all(not row.reference for row in outcome.rows)
+
+
+def test_another_evaluation_is_made_anew_and_not_set_beside_the_published_one(tmp_path, watchers):
+    table(tmp_path, watchers(), rows=("imaml",))
+    path = tmp_path / "out/cells/imaml-5w1s-seed0"
+    trained = (path / "metrics.jsonl").read_bytes()
+    changes = {**SMALL, "eval_tasks": 7, "eval_queries": 3}
+    chosen = options(tmp_path, rows=("imaml",), changes=changes)
+    REPRODUCTIONS["imaml-table2"].run(chosen, watchers())
+    result = json.loads((path / "result.json").read_text())
+    assert result["accuracy"]["trained"]["tasks"] == 7
+    # Trained once.
+    assert (path / "metrics.jsonl").read_bytes() == trained
+    reproduction = REPRODUCTIONS["imaml-table2"]
+    entries = reproduction.entries(tmp_path / "out")
+    ((key, entry),) = entries.items()
+    entry.settings["data"] = "omniglot"
+    assert key not in reproduction._comparable(entries)
+    entry.settings["eval_queries"] = 1
+    assert key in reproduction._comparable(entries)
+
+
+def test_runs_that_are_no_seeds_of_one_another_are_refused(tmp_path, watchers):
+    table(tmp_path, watchers(), rows=("imaml",), seeds=(0,))
+    chosen = options(tmp_path, rows=("imaml",), seeds=(1,), changes={**SMALL, "steps": 3})
+    with pytest.raises(RunFolderError, match=r"seed1' has steps = 3, but .*seed0' has 2"):
+        REPRODUCTIONS["imaml-table2"].run(chosen, watchers())
+
+
+def test_numbers_name_what_made_them(tmp_path, watchers, monkeypatch):
+    table(tmp_path, watchers(), rows=("imaml",), seeds=(3,))
+    # Shown again by other code, on another machine.
+    monkeypatch.setattr("bilevel.experiments.results.commit", lambda: "later")
+    monkeypatch.setattr("bilevel.experiments.results.processor", lambda: "other")
+    path = tmp_path / "out/cells/imaml-5w1s-seed3/result.json"
+    result = json.loads(path.read_text())
+    path.write_text(json.dumps({**result, "commit": "earlier"}))
+    table(tmp_path, watchers(), rows=("imaml",), seeds=(3,))
+    content = json.loads((tmp_path / "out/imaml-table2.json").read_text())
+    assert content["commit"] == "earlier"
+    assert content["seeds"] == [3]
+    assert content["machine"].startswith(result["machine"]["processor"])
+    assert "1 threads" in content["machine"]
+
+
+def test_a_cell_that_fails_does_not_stop_the_others(tmp_path, watchers):
+    changes = {**SMALL, "inner_solver": "gradient-descent", "inner_lr": 1e20, "inner_steps": 5}
+    chosen = options(tmp_path, rows=("imaml", "no-adaptation"), changes=changes)
+    outcome = REPRODUCTIONS["imaml-table2"].run(chosen, watchers())
+    assert next(row.setting["learner"] for row in outcome.rows) == "no-adaptation"
+    failed = outcome.checks[0]
+    assert failed.claim == "imaml 5w1s, seed 0: training comes to its end"
+    assert not failed.ok
+    assert "NON_FINITE" in failed.found
 
 
 def test_full_size_is_the_published_one():
@@ -170,7 +225,7 @@ def test_full_size_is_the_published_one():
 
 def test_methods_are_looked_at(tmp_path, watchers):
     rows = ("fomaml-no-norm", "imaml-no-norm")
-    changes = {**SMALL, "probe_every": 1, "ways": 2}
+    changes = {**SMALL, "probe_every": 1}
     outcome = REPRODUCTIONS["imaml-methods"].run(
         options(tmp_path, rows=rows, columns=("5w1s",), changes=changes), watchers()
     )
@@ -196,6 +251,18 @@ def test_strengths_are_learned_from_the_ends_only(tmp_path, watchers):
         ("imaml-table2", {"changes": {"step": 1}}, "there is no setting 'step'"),
         ("imaml-fig2a", {"changes": {"steps": 1}}, "there are no settings to change"),
         ("imaml-fig2a", {"rows": ("x",)}, "`rows` of imaml-fig2a has no 'x'; known: none"),
+        ("imaml-fig2a", {"seeds": (5,)}, "does not depend on `seeds`"),
+        ("imaml-fig2a", {"device": "cuda"}, "does not depend on `device`"),
+        ("imaml-fig2b", {"device": "banana"}, "`device` is 'banana', which cannot be used"),
+        ("imaml-table2", {"changes": {"ways": 7}}, "`ways` cannot be set; choose by `columns`"),
+        ("imaml-table2", {"changes": {"seed": 7}}, "`seed` cannot be set; choose by `seeds`"),
+        (
+            "imaml-table2",
+            {"rows": ("fomaml",), "changes": {"clip": 1.0}},
+            "`clip` is what makes fomaml, and cannot be set",
+        ),
+        ("imaml-strength", {"changes": {"strength": 1.0}}, "`strength` names the columns"),
+        ("imaml-strength", {"rows": ("imaml-learned",), "columns": ("0.1",)}, "has no cell"),
     ],
 )
 def test_what_is_not_known_is_named(name, given, message, tmp_path, watcher):

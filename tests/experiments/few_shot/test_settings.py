@@ -183,9 +183,11 @@ def test_predictions_depend_on_other_queries_only_where_transductive(settings):
 
 
 def test_a_learned_strength_keeps_its_bound(settings):
-    job = make_job(settings(learn_strength="layer", strength=0.02, strength_min=0.3))
+    job = make_job(settings(learn_strength="layer", strength=0.31, strength_min=0.3))
     training = job.trainer().begin(job.outer)
     for step in range(2):
         training.advance(job.training(step))
         for leaf in tree_leaves(job.outer["log_strength"]):
             assert leaf.exp() >= 0.3 - 1e-6
+    with pytest.raises(ValueError, match=r"`strength` is 0.02, below `strength_min` = 0.3"):
+        settings(learn_strength="layer", strength=0.02, strength_min=0.3)
