@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -9,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .errors import NotDifferentiableError
+from .errors import NotDifferentiableError, StructureError
 from .flat import FlatProblem
 from .operator import SecantPairs
 from .pytree import PyTree, tree_map
@@ -54,11 +55,16 @@ class InnerSolver(ABC):
     and out-of-place operations), or the class says `differentiable = False`.
 
     Attributes:
+        differentiable: Whether the steps can be differentiated.
+        needs_objective: Whether values of the inner objective are needed, which an equilibrium
+            lacks.
+        check_every: The residual is compared with ``tol`` once in so many steps.
         max_steps: The most steps taken; all are taken where ``tol`` is None.
         tol: Absolute tolerance in ‖∂_z G‖, or None to ask for the budget only.
     """
 
     differentiable: ClassVar[bool] = True
+    needs_objective: ClassVar[bool] = False
     check_every: ClassVar[int] = 10
     max_steps: int
     tol: float | None
@@ -89,7 +95,16 @@ class InnerSolver(ABC):
     # The loop, used by every hypergradient method
 
     def begin(self, flat: FlatProblem, z: Tensor) -> Carry:
-        """The carry before the first step."""
+        """The carry before the first step.
+
+        Raises:
+            StructureError: The solver needs an inner objective, and the problem has none.
+        """
+        if self.needs_objective and flat.problem.is_equilibrium:
+            raise StructureError(
+                f"{type(self).__name__} minimises an inner objective, but this problem is an "
+                "equilibrium without one; use GradientDescent, which iterates on its stationarity"
+            )
         state = self._init(flat, z)
         steps = torch.zeros(flat.count, dtype=torch.int64, device=flat.device)
         active = torch.ones(flat.count, dtype=torch.bool, device=flat.device)
@@ -159,6 +174,12 @@ class InnerSolver(ABC):
                 f"the steps of {type(self).__name__} cannot be differentiated, so it cannot be "
                 "unrolled; use an implicit method such as ImplicitCG, or GradientDescent"
             )
+
+
+def check_rate(lr: float) -> None:
+    """Raise ValueError unless ``lr`` is a learning rate."""
+    if not (lr > 0 and math.isfinite(lr)):
+        raise ValueError(f"`lr` is {lr}; a learning rate is finite and > 0")
 
 
 def detached(carry: Carry) -> Carry:

@@ -10,16 +10,14 @@ the first rate is stable this is gradient descent, step by step.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from bilevel.errors import StructureError
 from bilevel.flat import FlatProblem
-from bilevel.inner_solver import InnerSolver
+from bilevel.inner_solver import InnerSolver, check_rate
 from bilevel.pytree import PyTree
 from bilevel.registry import INNER_SOLVERS
 from bilevel.rows import column, dot, norm
@@ -33,33 +31,28 @@ _ROUNDING = 8
 @INNER_SOLVERS.register("backtracking-descent")
 @dataclass(frozen=True)
 class BacktrackingDescent(InnerSolver):
-    """Gradient descent that cannot diverge: the objective of no task ever rises.
+    """Gradient descent that cannot diverge: no objective rises by more than rounding.
 
     Args:
         lr: The first learning rate η > 0 of every task.
         max_steps: The most steps, each of one gradient; all are taken where ``tol`` is None.
-        tol: Stop a task once ‖∂_z G‖ ≤ tol, looked at after every step; None: take all steps.
+        tol: Stop a task once ‖∂_z G‖ ≤ tol, looked at every 10 steps; None: take all steps.
 
     Raises:
         ValueError: A setting is out of range.
     """
 
     differentiable: ClassVar[bool] = False
+    needs_objective: ClassVar[bool] = True
     lr: float
     max_steps: int = 100
     tol: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (self.lr > 0 and math.isfinite(self.lr)):
-            raise ValueError(f"`lr` is {self.lr}; a learning rate is finite and > 0")
+        check_rate(self.lr)
 
     def _init(self, flat: FlatProblem, z: Tensor) -> PyTree:
-        if flat.problem.is_equilibrium:
-            raise StructureError(
-                "BacktrackingDescent minimises an inner objective, but this problem is an "
-                "equilibrium without one; use GradientDescent, which iterates on its stationarity"
-            )
         value, gradient = flat.value_and_gradient(z)
         return {
             "value": value.double(),

@@ -9,14 +9,13 @@ as `torch.optim.SGD` writes it.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bilevel.flat import FlatProblem
-from bilevel.inner_solver import InnerSolver
+from bilevel.inner_solver import InnerSolver, check_rate
 from bilevel.pytree import PyTree
 from bilevel.registry import INNER_SOLVERS
 
@@ -47,8 +46,7 @@ class GradientDescent(InnerSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (self.lr > 0 and math.isfinite(self.lr)):
-            raise ValueError(f"`lr` is {self.lr}; a learning rate is finite and > 0")
+        check_rate(self.lr)
         if not 0.0 <= self.momentum < 1.0:
             raise ValueError(f"`momentum` is {self.momentum}; it lies in [0, 1)")
         if self.nesterov and self.momentum == 0.0:

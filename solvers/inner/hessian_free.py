@@ -9,7 +9,7 @@ by conjugate gradients, from products alone, as far as curvature stays positive 
 solver (Rajeswaran et al., 2019, section 4) is this one with 5 steps of conjugate gradients.
 
 Where the very first direction has negative curvature, the step is along −∂_z G, over the largest
-curvature that the solve met.
+curvature that the solve met or ‖∂_z G‖, so that it is no longer than 1.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ class HessianFree(InnerSolver):
     """
 
     differentiable: ClassVar[bool] = False
+    needs_objective: ClassVar[bool] = True
     check_every: ClassVar[int] = 1
     max_steps: int = 50
     tol: float | None = 1e-6
@@ -86,11 +87,6 @@ class HessianFree(InnerSolver):
             raise ValueError(f"`matrix` is {self.matrix!r}; pass {known}")
 
     def _init(self, flat: FlatProblem, z: Tensor) -> PyTree:
-        if flat.problem.is_equilibrium:
-            raise StructureError(
-                "HessianFree minimises an inner objective, but this problem is an equilibrium "
-                "without one; use GradientDescent, which iterates on its stationarity"
-            )
         if self.matrix == "gauss-newton" and not flat.problem.has_prediction:
             raise StructureError(
                 "`matrix` is 'gauss-newton', but the problem states its inner objective as a "

@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bilevel.errors import StructureError
 from bilevel.flat import FlatProblem
 from bilevel.inner_solver import Carry, InnerSolver
 from bilevel.operator import SecantPairs
@@ -42,6 +41,7 @@ class LBFGS(InnerSolver):
     """
 
     differentiable: ClassVar[bool] = False
+    needs_objective: ClassVar[bool] = True
     check_every: ClassVar[int] = 1
     max_steps: int = 200
     tol: float | None = 1e-6
@@ -53,11 +53,6 @@ class LBFGS(InnerSolver):
             raise ValueError(f"`memory` is {self.memory}; keep at least one pair")
 
     def _init(self, flat: FlatProblem, z: Tensor) -> PyTree:
-        if flat.problem.is_equilibrium:
-            raise StructureError(
-                "LBFGS minimises an inner objective, but this problem is an equilibrium without "
-                "one; use GradientDescent, which iterates on its stationarity"
-            )
         value, gradient = flat.value_and_gradient(z)
         shape = (self.memory, *z.shape)
         return {

@@ -10,14 +10,13 @@ descent on the sum needs η < 2 / (L + λ), and so a new rate whenever λ change
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from bilevel.errors import StructureError
 from bilevel.flat import FlatProblem
-from bilevel.inner_solver import InnerSolver
+from bilevel.inner_solver import InnerSolver, check_rate
 from bilevel.pytree import PyTree
 from bilevel.registry import INNER_SOLVERS
 
@@ -45,8 +44,7 @@ class ProximalGradient(InnerSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (self.lr > 0 and math.isfinite(self.lr)):
-            raise ValueError(f"`lr` is {self.lr}; a learning rate is finite and > 0")
+        check_rate(self.lr)
 
     def _init(self, flat: FlatProblem, z: Tensor) -> PyTree:
         if flat.strength is None:

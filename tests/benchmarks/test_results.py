@@ -63,7 +63,7 @@ def test_table_2_is_reached_without_a_leak_in_four_cpu_hours():
 def test_the_readme_says_what_was_measured():
     rows = json.loads((RESULTS / "imaml-table2.json").read_text())["rows"]
     (row,) = [row for row in rows if row["metric"] == "test_accuracy" and "seed" in row["setting"]]
-    said = f"{100 * row['value']:.1f} ± {100 * row['ci95']:.1f} %"
+    said = f"{100 * row['value']:.2f} ± {100 * row['ci95']:.2f} %"
     assert said in (RESULTS.parents[1] / "README.md").read_text()
 
 

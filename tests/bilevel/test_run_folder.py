@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from bilevel.run_folder import METRICS, RunFolder, RunFolderError, read_metrics
+from bilevel.run_folder import METRICS, RunFolder, RunFolderError, alone, read_metrics
 
 
 def test_records_come_back_in_order(tmp_path):
@@ -138,3 +138,55 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path):
     assert done.returncode == 0, done.stderr
     assert [p.name for p in tmp_path.iterdir()] == [METRICS]
     assert (tmp_path / METRICS).read_text() == '{"step": 0}\n'
+
+
+def test_a_bit_that_flipped_in_a_checkpoint_is_noticed(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    path = folder.save_checkpoint({"weights": torch.arange(4096.0)})
+    content = path.read_bytes()
+    for place in range(0, 8 * len(content), 8 * len(content) // 60):
+        byte, bit = divmod(place, 8)
+        damaged = bytearray(content)
+        damaged[byte] ^= 1 << bit
+        path.write_bytes(damaged)
+        try:
+            loaded = folder.load_checkpoint()
+        except RunFolderError as error:
+            assert "remove the folder, or start the run anew" in str(error)  # noqa: PT017
+        else:
+            # Padding and names of the archive carry nothing.
+            assert loaded["weights"].equal(torch.arange(4096.0))
+    path.write_bytes(content)
+    assert folder.load_checkpoint()["weights"].equal(torch.arange(4096.0))
+
+
+def test_numbers_that_flipped_are_not_loaded(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    path = folder.save_checkpoint({"weights": torch.full((64,), 1.5)})
+    content = path.read_bytes()
+    where = content.index(torch.full((64,), 1.5).numpy().tobytes())
+    path.write_bytes(content[: where + 3] + b"\x40" + content[where + 4 :])
+    with pytest.raises(RunFolderError, match="does not match its checksum"):
+        folder.load_checkpoint()
+
+
+def test_one_process_works_in_a_folder(tmp_path):
+    program = f"""
+from bilevel.run_folder import RunFolderError, alone
+try:
+    with alone({str(tmp_path / "run")!r}):
+        print("in")
+except RunFolderError as error:
+    print(error)
+"""
+
+    def other():
+        command = [sys.executable, "-c", program]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    with alone(tmp_path / "run"):
+        assert other() == (
+            f"another process works in '{tmp_path / 'run'}'; wait for it, or choose another folder"
+        )
+    assert other() == "in"
+    assert list((tmp_path / "run").iterdir()) == []

@@ -11,6 +11,7 @@ from bilevel.experiments.few_shot import make_job
 from bilevel.experiments.few_shot.probe import probe
 from bilevel.pytree import tree_leaves
 from bilevel.reference import dense_hypergradient, to_float64
+from bilevel.solvers import FirstOrder, GradientDescent
 
 
 @pytest.fixture
@@ -50,6 +51,33 @@ def test_the_error_is_that_of_dense_algebra(smooth):
     size = math.sqrt(sum(b.square().sum() for _, b in pairs))
     assert found["error"] == pytest.approx(gap / size, rel=1e-3)
     assert found["curvature"] == pytest.approx(exact.eigenvalues[0], rel=0.2)
+
+
+def test_the_cosine_is_that_of_the_two_gradients(smooth):
+    found = probe(smooth, smooth.outer)[0]
+    task = replace(smooth.training, tasks=2, seed=10**6)(0).unstack()[0]
+    settings = {"inner_solver": smooth.inner_solver}
+    one, first = (
+        torch.cat(
+            [
+                leaf.flatten().double()
+                for leaf in tree_leaves(
+                    hypergradient(
+                        smooth.problem, smooth.outer, task, method=method, **settings
+                    ).gradient
+                )
+            ]
+        )
+        for method in (smooth.method, FirstOrder())
+    )
+    expected = torch.nn.functional.cosine_similarity(one, first, dim=0).item()
+    assert found["cosine_with_first_order"] == pytest.approx(expected, rel=1e-4)
+    assert expected < 0.9999
+
+
+def test_a_look_that_fails_is_noted(smooth):
+    wild = replace(smooth, inner_solver=GradientDescent(1e20, 5))
+    assert ["NON_FINITE" in found["note"] for found in probe(wild, wild.outer)] == [True, True]
 
 
 def test_a_probe_repeats_and_leaves_nothing_behind(smooth):
