@@ -42,11 +42,25 @@ def test_the_estimate_is_within_its_factors():
         assert found >= 1.8
 
 
-@pytest.mark.parametrize("name", ["imaml-fig2a", "imaml-table3", "imaml-strength"])
-def test_the_claims_of_a_reproduction_hold(name):
-    checks = json.loads((RESULTS / f"{name}.json").read_text())["checks"]
+# What the docs say does not hold: nothing else may fail, and what holds now must be told there.
+REFUTED = {
+    "imaml-table2": ["5w1s: iMAML reaches 98.2"],
+    "imaml-fig2b": ["iMAML takes 1.1 to 1.8 times FOMAML's memory (paper 1.38, of a whole card)"],
+    "imaml-strength": [
+        "λ learned from 0.02: within 1 point of the best fixed λ, 0.1",
+        "λ learned from 50: within 1 point of the best fixed λ, 0.1",
+    ],
+}
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("imaml-*.json")), ids=lambda path: path.stem)
+def test_the_claims_of_a_reproduction_hold_but_for_those_that_the_docs_name(path):
+    checks = json.loads(path.read_text()).get("checks")
+    if checks is None:
+        assert path.stem == "imaml-collapse"  # a picture, which claims nothing
+        return
     assert checks
-    assert [one for one in checks if not one["ok"]] == []
+    assert [one["claim"] for one in checks if not one["ok"]] == REFUTED.get(path.stem, [])
 
 
 def test_table_2_is_reached_without_a_leak_in_four_cpu_hours():
