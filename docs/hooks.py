@@ -88,9 +88,10 @@ def _filled(match: re.Match[str], page: Any) -> str:
 
 
 def _source(result: dict[str, Any]) -> str:
+    seeds = f", seeds {', '.join(map(str, result['seeds']))}" if result["seeds"] else ""
     return (
         f"`{result['command']}`, commit {result['commit']}, {result['date']}, {result['machine']}, "
-        f"device {result['device']}, seeds {', '.join(map(str, result['seeds']))}."
+        f"device {result['device']}{seeds}."
     )
 
 
