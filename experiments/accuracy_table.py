@@ -7,25 +7,23 @@ with different rows, columns or seeds.
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bilevel import SolveError
-from bilevel.run_folder import CONFIG, RESULT, RunFolderError, read_json
 
+from .cells import Cell, Entry, cell_folder, origin, read_cell
 from .few_shot import LEARNERS, Settings, run
 from .few_shot.run import Watcher
-from .reproduction import Check, Options, Origin, Outcome, Reproduction, Table, percent
+from .reproduction import Check, Options, Outcome, Reproduction, Table, percent
 from .results import Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["AccuracyTable", "Cell", "Entry", "published_cells"]
+__all__ = ["AccuracyTable", "published_cells"]
 
 # Options of the command, or what names a column: no setting to change.
 _ELSEWHERE = {
@@ -37,67 +35,8 @@ _ELSEWHERE = {
     "device": "device",
     "threads": "threads",
 }
-_EVALUATION = ("eval_tasks", "eval_queries")
 
 Published = Mapping[tuple[str, str], tuple[float, float]]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A finished run of the table."""
-
-    row: str
-    column: str
-    seed: int
-    folder: Path
-    config: dict[str, Any]
-    result: dict[str, Any]
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Its settings."""
-        found: dict[str, Any] = self.config["settings"]
-        return found
-
-    @property
-    def accuracy(self) -> tuple[float, float, int]:
-        """Mean, 95 % interval and number of test tasks."""
-        one = self.result["accuracy"]["trained"]
-        return one["mean"], one["interval"], one["tasks"]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """The cells of one row and column, over their seeds."""
-
-    cells: tuple[Cell, ...]
-
-    @property
-    def mean(self) -> float:
-        """Mean accuracy over seeds."""
-        return sum(cell.accuracy[0] for cell in self.cells) / len(self.cells)
-
-    @property
-    def interval(self) -> float:
-        """95 % interval over all test tasks of all seeds."""
-        return math.sqrt(sum(cell.accuracy[1] ** 2 for cell in self.cells)) / len(self.cells)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The settings of the first seed; the others differ in the seed alone."""
-        return self.cells[0].settings
-
-    @property
-    def seeds(self) -> tuple[int, ...]:
-        """The seeds."""
-        return tuple(cell.seed for cell in self.cells)
-
-    @property
-    def text(self) -> str:
-        """For people: with how far the seeds lie apart."""
-        means = [cell.accuracy[0] for cell in self.cells]
-        more = f" ({len(means)} seeds, {percent(min(means))} to {percent(max(means))})"
-        return percent(self.mean, self.interval) + (more if len(means) > 1 else "")
 
 
 class AccuracyTable(Reproduction):
@@ -150,10 +89,11 @@ class AccuracyTable(Reproduction):
         self._check_changes(options)
         finished, failed = True, []
         for row, column, seed in self.selected(options):
-            path = _folder(options.out, row, column, seed)
             settings = self.settings(row, column, seed, options)
-            if _is_finished(path) and _is_of(settings, _settings_of(path)):
+            cell = read_cell(options.out, row, column, seed)
+            if cell is not None and cell.differs_from(settings) is None:
                 continue
+            path = cell_folder(options.out, row, column, seed)
             try:
                 finished = run(settings, path, watcher, resume=True, baselines=False)
             except SolveError as error:
@@ -163,13 +103,14 @@ class AccuracyTable(Reproduction):
             if not finished:
                 break
         entries = self.entries(options.out)
+        cells = [cell for entry in entries.values() for cell in entry.cells]
         return Outcome(
             list(self._rows(entries)),
             self._table(entries, self._shown(entries, options)),
             self.draw(entries) if entries else None,
-            (*failed, *_no_leak(entries), *_usable(entries), *self.checks(entries, options)),
+            (*failed, *_no_leak(cells), *_usable(cells), *self.checks(entries, options)),
             finished,
-            _origin(entries) if entries else None,
+            origin(cells) if cells else None,
         )
 
     def _check_changes(self, options: Options) -> None:
@@ -199,14 +140,10 @@ class AccuracyTable(Reproduction):
         for row in self.rows:
             for column in self.columns:
                 for path in sorted(out.glob(f"cells/{row}-{column}-seed*")):
-                    seed = int(path.name.rpartition("seed")[2])
-                    if path == _folder(out, row, column, seed) and _is_finished(path):
-                        config, result = read_json(path / CONFIG), read_json(path / RESULT)
-                        cell = Cell(row, column, seed, path, config, result)
+                    seed = path.name.rpartition("seed")[2]
+                    cell = read_cell(out, row, column, int(seed)) if seed.isdecimal() else None
+                    if cell is not None:
                         found.setdefault((row, column), []).append(cell)
-        for cells in found.values():
-            for cell in cells[1:]:
-                _check_alike(cells[0], cell)
         return {key: Entry(tuple(cells)) for key, cells in found.items()}
 
     def _comparable(self, entries: Mapping[tuple[str, str], Entry]) -> Published:
@@ -321,80 +258,6 @@ def published_cells(
     }
 
 
-def _folder(out: Path, row: str, column: str, seed: int) -> Path:
-    return out / "cells" / f"{row}-{column}-seed{seed}"
-
-
-def _is_finished(path: Path) -> bool:
-    if not (path / RESULT).is_file():
-        return False
-    result = read_json(path / RESULT)
-    if "finished" not in result:
-        raise RunFolderError(f"'{path / RESULT}' is no result of a run; remove the folder '{path}'")
-    return bool(result["finished"])
-
-
-def _settings_of(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = read_json(path / CONFIG)["settings"]
-    return found
-
-
-def _is_of(settings: Settings, other: Mapping[str, Any]) -> bool:
-    """Whether a finished run of ``other`` answers what ``settings`` asks, evaluation included."""
-    same = all(other[name] == getattr(settings, name) for name in _EVALUATION)
-    return same and settings.differs_from(other) is None
-
-
-def _check_alike(first: Cell, cell: Cell) -> None:
-    """Seeds of an entry may differ in nothing else.
-
-    Raises:
-        RunFolderError: They do.
-    """
-    mine = Settings(**cell.settings)
-    name = mine.differs_from({**first.settings, "seed": mine.seed}) or next(
-        (one for one in _EVALUATION if cell.settings[one] != first.settings[one]), None
-    )
-    if name is not None:
-        raise RunFolderError(
-            f"'{cell.folder}' has {name} = {cell.settings.get(name)!r}, but '{first.folder}' has "
-            f"{first.settings.get(name)!r}, so that they are no seeds of one another; remove one "
-            "of the folders, or run both alike"
-        )
-
-
-def _origin(entries: Mapping[tuple[str, str], Entry]) -> Origin:
-    cells = [cell for entry in entries.values() for cell in entry.cells]
-
-    def listed(texts: Iterable[str]) -> str:
-        return ", ".join(dict.fromkeys(texts))
-
-    return Origin(
-        tuple(sorted({cell.seed for cell in cells})),
-        listed(cell.settings["device"] for cell in cells),
-        listed(cell.result["commit"] for cell in cells),
-        listed(
-            "{processor}, {cores} cores, torch {torch}, {threads} threads".format(
-                **cell.result["machine"], torch=cell.result["torch"]
-            )
-            for cell in cells
-        ),
-    )
-
-
-def _usable(entries: Mapping[tuple[str, str], Entry]) -> list[Check]:
-    """Named only where adaptation failed on a test task: its accuracy means little."""
-    found = []
-    for (row, column), entry in entries.items():
-        one = [cell.result["accuracy"]["trained"] for cell in entry.cells]
-        failed = sum(result.get("unusable", 0) for result in one)
-        if failed:
-            total = sum(result["tasks"] for result in one)
-            claim = f"{row} {column}: every test task can be adapted to"
-            found.append(Check(claim, ok=False, found=f"{failed} of {total} cannot"))
-    return found
-
-
 _SHOWN = (
     "data",
     "network",
@@ -423,11 +286,23 @@ def _share(result: dict[str, Any], status: str) -> float:
     return found
 
 
-def _no_leak(entries: Mapping[tuple[str, str], Entry]) -> list[Check]:
-    cells = [cell for entry in entries.values() for cell in entry.cells]
+def _no_leak(cells: Sequence[Cell]) -> list[Check]:
     if not cells:
         return []
     shared = sum(cell.config["classes"]["shared"] for cell in cells)
     return [
         Check("no test class was trained on", shared == 0, f"{shared} shared in {len(cells)} runs")
+    ]
+
+
+def _usable(cells: Sequence[Cell]) -> list[Check]:
+    """Named only where adaptation failed on a test task: its accuracy means little."""
+    return [
+        Check(
+            f"{cell.row} {cell.column}, seed {cell.seed}: every test task can be adapted to",
+            ok=False,
+            found=f"{cell.unusable} of {cell.accuracy[2]} cannot",
+        )
+        for cell in cells
+        if cell.unusable
     ]

@@ -14,7 +14,8 @@ from typing import Any
 
 from bilevel.run_folder import METRICS, PROBES, read_metrics
 
-from .accuracy_table import AccuracyTable, Cell, Entry
+from .accuracy_table import AccuracyTable
+from .cells import Cell, Entry
 from .few_shot import LEARNERS
 from .reproduction import Check, Options, Table, percent
 from .results import Row

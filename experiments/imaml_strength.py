@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from bilevel.run_folder import METRICS, read_metrics
 
-from .accuracy_table import AccuracyTable, Entry
+from .accuracy_table import AccuracyTable
+from .cells import Entry
 from .reproduction import Check, Options
 
 if TYPE_CHECKING:

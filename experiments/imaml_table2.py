@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .accuracy_table import AccuracyTable, Entry, published_cells
+from .accuracy_table import AccuracyTable, published_cells
+from .cells import Entry
 from .few_shot import LEARNERS
 from .reproduction import Check, Options, percent
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .accuracy_table import AccuracyTable, Entry, published_cells
+from .accuracy_table import AccuracyTable, published_cells
+from .cells import Entry
 from .reproduction import Check, Options, percent
 
 __all__ = ["ImamlTable3"]

@@ -1,8 +1,9 @@
 """Few-shot learning: one harness for iMAML and for what it is compared with."""
 
 from .job import Job, make_job
+from .learners import LEARNERS, Learner
 from .run import Accuracy, Watcher, evaluate, run
-from .settings import LEARNERS, Learner, Settings
+from .settings import Settings
 
 __all__ = [
     "LEARNERS",

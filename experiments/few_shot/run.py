@@ -36,9 +36,10 @@ from bilevel.run_folder import (
 
 from ..results import commit, processor
 from .job import Job, make_job
+from .learners import LEARNERS
 from .pictures import learning_curve
 from .probe import probe
-from .settings import LEARNERS, Settings
+from .settings import Settings
 
 __all__ = ["Accuracy", "Watcher", "evaluate", "run"]
 
