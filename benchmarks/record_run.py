@@ -11,9 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from bilevel.experiments.few_shot import Settings
 from bilevel.experiments.results import Row, write_results
 
 
@@ -67,14 +69,28 @@ def main() -> None:
 
 
 def command_of(settings: dict[str, Any]) -> str:
-    """The command line that makes the run, as the README gives it."""
-    flags = {
-        key: settings[key]
-        for key in ("data", "ways", "shots", "method", "channels", "lr", "steps", "minutes", "seed")
-        if settings[key] is not None
-    }
-    root = " --root DIR" if settings["root"] else ""
-    return "bilevel train imaml" + root + "".join(f" --{k} {v}" for k, v in flags.items())
+    """The command line that makes the run: all settings that are not its learner's own."""
+    usual = asdict(Settings.of(settings["learner"], data=settings["data"]))
+    known = {one.name: one.default for one in fields(Settings)}
+    silent = ["root", "learner"]
+    if settings["learn_strength"] is None:
+        silent += ["strength_lr", "strength_min"]
+    words = ["bilevel train imaml"] + ["--root DIR"] * (settings["root"] is not None)
+    for name, value in settings.items():
+        flag = "--" + name.replace("_", "-")
+        default = known[name] if name == "data" else usual[name]
+        if name in silent or value in (default, known[name]):
+            continue
+        if isinstance(value, dict):
+            option = {"inner_options": "--inner-option", "method_options": "--method-option"}[name]
+            words += [f"{option} {key}={one}" for key, one in value.items()]
+        elif isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            words.append(f"{flag} {value}")
+    if settings["learner"] != "imaml":
+        words.insert(1, f"--learner {settings['learner']}")
+    return " ".join(words)
 
 
 if __name__ == "__main__":
