@@ -47,9 +47,11 @@ class Trainer:
             (Polyak and Juditsky, 1992, with the exponential weights of usual practice):
             a ← d a + (1 − d) outer, where d is at most (1 + k) / (10 + k) after k steps, so that
             the first steps do not weigh for ever. None: none is kept.
-        project: Called with ``outer`` after each step, to change it in place (bounds); optional.
-        clip: Scale the hypergradient down to this norm over all leaves; None: leave it. A task near
-            negative curvature can give a huge one, and Adam remembers it for hundreds of steps.
+        project: Called with ``outer`` and the `Hypergradient` of the step after each step, to
+            change ``outer`` in place (bounds); optional.
+        clip: Scale the hypergradient down to this norm over the leaves that the optimizer moves;
+            None: leave it. A task near negative curvature can give a huge one, and Adam remembers
+            it for hundreds of steps.
         warm_start: Start ``"inner"`` solves, ``"adjoint"`` solves or ``"both"`` where they ended
             when the task was last seen; ``"none"``: anew at each step. Tasks that change from step
             to step are told apart by ``Task.key``. A truncated inner solve makes another
@@ -86,7 +88,7 @@ class Trainer:
     optimizer: Callable[[list[Tensor]], torch.optim.Optimizer]
     schedule: Callable[[torch.optim.Optimizer], LRScheduler] | None = None
     average: float | None = None
-    project: Callable[[PyTree], None] | None = None
+    project: Callable[[PyTree, Hypergradient], None] | None = None
     clip: float | None = None
     warm_start: WarmStart = "none"
     on_failure: Literal["raise", "skip", "mean"] = "raise"
@@ -298,14 +300,16 @@ class Training:
             )
         result.set_grad(self.outer)
         if trainer.clip is not None:
-            torch.nn.utils.clip_grad_norm_(self._variable.leaves, trainer.clip)
+            moved = [leaf for group in self.optimizer.param_groups for leaf in group["params"]]
+            torch.nn.utils.clip_grad_norm_(moved, trainer.clip)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for leaf in self._variable.leaves:
+            leaf.grad = None
         if self._schedule is not None:
             self._schedule.step()
         with torch.no_grad():
             if trainer.project is not None:
-                trainer.project(self.outer)
+                trainer.project(self.outer, result)
             if self._average is not None:
                 assert trainer.average is not None
                 decay = min(trainer.average, (1 + self.steps) / (10 + self.steps))

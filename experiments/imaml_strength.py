@@ -22,12 +22,16 @@ __all__ = ["ImamlStrength"]
 _STRENGTHS = (0.02, 0.1, 0.5, 2.0, 10.0, 50.0)
 _TASKS: dict[str, dict[str, Any]] = {f"{one:g}": {"strength": one} for one in _STRENGTHS}
 _STARTS = ("0.02", "50")
-# Far below every fixed value, so that no bound decides where λ ends.
-_LEAST = 1e-4
+# Rows, their looks in the picture, and what they are called there.
+_ROWS = {
+    "imaml": (2, "o-", "fixed"),
+    "imaml-learned": (0, "s", "learned from there"),
+    "imaml-unbounded": (1, "D", "learned, no bound"),
+}
 
 
 class ImamlStrength(AccuracyTable):
-    """Fixed λ in the first row; in the second, λ learned from the worst of them."""
+    """Fixed λ in the first row; in the others, λ learned from the two ends."""
 
     name = "imaml-strength"
     title = "iMAML: λ learned from a bad start"
@@ -35,11 +39,11 @@ class ImamlStrength(AccuracyTable):
     data = "glyphs"
     defining = ("strength",)
     tasks = _TASKS
-    learners = ("imaml", "imaml-learned")
+    learners = tuple(_ROWS)
 
     def base(self, options: Options) -> dict[str, Any]:
         """The usual run on glyphs; or fewer steps of fewer tasks."""
-        common = {"data": "glyphs", "strength_min": _LEAST}
+        common = {"data": "glyphs"}
         return {**common, "steps": 100, "tasks": 4, "eval_tasks": 200} if options.quick else common
 
     def selected(self, options: Options) -> list[tuple[str, str, int]]:
@@ -54,10 +58,7 @@ class ImamlStrength(AccuracyTable):
 
         figure = new_figure(7.0, 4.2)
         axes = axes_of(figure, "λ at the first meta-step", "accuracy (%)")
-        for row, color, style, label in (
-            ("imaml", COLORS[2], "o-", "fixed"),
-            ("imaml-learned", COLORS[0], "s", "learned from there"),
-        ):
+        for row, (color, style, label) in _ROWS.items():
             found = {float(c): entry for (r, c), entry in entries.items() if r == row}
             if found:
                 axes.errorbar(
@@ -65,7 +66,7 @@ class ImamlStrength(AccuracyTable):
                     [100 * entry.mean for entry in found.values()],
                     yerr=[100 * entry.interval for entry in found.values()],
                     fmt=style,
-                    color=color,
+                    color=COLORS[color],
                     capsize=3,
                     label=label,
                 )

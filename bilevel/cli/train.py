@@ -101,7 +101,12 @@ def imaml(
         float | None, _option("Problem", "strength_lr", "Learning rate of log λ.")
     ] = None,
     strength_min: Annotated[
-        float | None, _option("Problem", "strength_min", "The least λ that is learned.")
+        float | None,
+        _option(
+            "Problem",
+            "strength_min",
+            "The least λ that is learned; by default where its pull balances the gradient left.",
+        ),
     ] = None,
     adapted: Annotated[
         str | None, _option("Problem", "adapted", "Adapt all parameters, or the head alone.")

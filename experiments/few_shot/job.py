@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from torch import nn
 
 import bilevel.problems as problems
 import bilevel.solvers
-from bilevel import TaskBatch, Trainer, stateless
+from bilevel import Hypergradient, TaskBatch, Trainer, stateless
 from bilevel.build import build, find
 from bilevel.inner_solver import InnerSolver
 from bilevel.method import HypergradientMethod
@@ -23,6 +22,7 @@ from bilevel.registry import INNER_SOLVERS, METHODS, Registry
 from .released import PullBack, ReleasedCG
 from .reptile import Reptile
 from .settings import Settings
+from .strength import balancing_strength
 
 __all__ = ["Job", "make_job"]
 
@@ -81,9 +81,11 @@ class Job:
         def cosine(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
             return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
 
-        def bound(outer: PyTree) -> None:
+        def bound(outer: PyTree, result: Hypergradient) -> None:
+            given = settings.strength_min
+            least = balancing_strength(result) if given is None else torch.tensor(given)
             for leaf in tree_leaves(outer["log_strength"]):
-                leaf.clamp_(min=math.log(settings.strength_min))
+                leaf.clamp_(min=least.log().to(leaf))
 
         return Trainer(
             self.problem,

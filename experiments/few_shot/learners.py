@@ -74,7 +74,12 @@ LEARNERS: dict[str, Learner] = {
     "imaml-learned": Learner(
         "iMAML, λ learned",
         {"learn_strength": "scalar"},
-        "One λ, learned by its own implicit gradient.",
+        "One λ, learned by its own implicit gradient down to where its pull is still felt.",
+    ),
+    "imaml-unbounded": Learner(
+        "iMAML, λ learned, no bound",
+        {"learn_strength": "scalar", "strength_min": 1e-4},
+        "One λ, learned by its own implicit gradient wherever that leads.",
     ),
     "imaml-layers": Learner(
         "iMAML, λ learned by layer",

@@ -42,11 +42,10 @@ class Settings:
         strength: λ, the pull to θ; its first value where it changes.
         strength_end: λ at the last meta-step, reached by equal factors; None: λ is not scheduled.
         learn_strength: ``"scalar"``, ``"layer"`` or ``"parameter"``; None: λ is not learned.
-        strength_lr: Learning rate of log λ. Adam's steps are about as large, so that λ changes by a
-            factor of at most 1.8 at a time: θ should not be trained for long at a bad one.
-        strength_min: The least λ that is learned. An implicit gradient prices the inner problem as
-            if it were solved; few inner steps end long before a small λ acts, so that it asks for
-            ever less of it, until the adjoint systems are hopeless.
+        strength_lr: Learning rate of log λ. Adam's steps are about as large, so that λ leaves a bad
+            start in a few of them: θ should not be trained for long there.
+        strength_min: The least λ that is learned. None: measured at each meta-step, as the λ whose
+            pull balances the gradient that the inner steps leave (`balancing_strength`).
         adapted: ``"all"`` parameters, or the ``"head"``: the last layer.
         inner_solver: Name of a registered inner solver, or ``"nesterov"``, ``"adam"`` or
             ``"pull-back"``; None: gradient descent, with backtracking unless the method
@@ -92,8 +91,8 @@ class Settings:
     strength: float = 0.2
     strength_end: float | None = None
     learn_strength: str | None = None
-    strength_lr: float = 0.6
-    strength_min: float = 0.1
+    strength_lr: float = 1.5
+    strength_min: float | None = None
     adapted: str = "all"
     inner_solver: str | None = None
     inner_steps: int = 16
@@ -157,13 +156,12 @@ class Settings:
                 raise ValueError("λ is learned or scheduled, not both: drop `strength_end`")
             if not (self.strength > 0 and self.strength_end > 0):
                 raise ValueError("a scheduled λ changes by equal factors: both ends must be > 0")
-        if not self.strength_min > 0:
+        least = self.strength_min
+        if least is not None and not least > 0:
+            raise ValueError(f"`strength_min` is {least}; λ is learned by its logarithm")
+        if self.learn_strength is not None and least is not None and self.strength < least:
             raise ValueError(
-                f"`strength_min` is {self.strength_min}; λ is learned by its logarithm"
-            )
-        if self.learn_strength is not None and self.strength < self.strength_min:
-            raise ValueError(
-                f"`strength` is {self.strength}, below `strength_min` = {self.strength_min}, to "
+                f"`strength` is {self.strength}, below `strength_min` = {least}, to "
                 "which the first meta-step would set it; start higher, or lower the bound"
             )
         if not 0.0 <= self.average < 1.0:

@@ -65,8 +65,40 @@ def test_an_iterator_that_ends_is_named():
 
 def test_projection_holds_bounds():
     x = torch.zeros(2, dtype=F64)
-    trainer(project=lambda outer: outer.clamp_(max=0.5)).fit(x, task(), 20)
+    trainer(project=lambda outer, result: outer.clamp_(max=0.5)).fit(x, task(), 20)
     assert (x == 0.5).all()
+
+
+def test_projection_sees_the_hypergradient_of_the_step():
+    seen = []
+    x = torch.zeros(2, dtype=F64)
+    one = trainer(project=lambda outer, result: seen.append((outer, result)))
+    one.fit(x, task(), 2, callback=lambda record, result: seen.append(result))
+    assert seen[0][0] is x
+    assert seen[0][1] is seen[1]
+    assert seen[2][1] is seen[3]
+
+
+def test_leaves_that_the_optimizer_leaves_alone_do_not_count_when_clipping():
+    problem = problem_from(
+        lambda z, x, batch: 0.5 * (z**2).sum(),
+        lambda z, x, batch: ((z - 1.0) ** 2).sum() + 100.0 * x["fixed"].sum(),
+        Proximal(1.0, center=lambda x: x["moved"]),
+    )
+    ends = []
+    for clip in (1e6, 10.0, 0.1):
+        outer = {"fixed": torch.zeros(2, dtype=F64), "moved": torch.zeros(2, dtype=F64)}
+        one = trainer(
+            problem=problem,
+            clip=clip,
+            optimizer=lambda leaves: torch.optim.SGD(leaves[1:], lr=1.0),
+        )
+        one.fit(outer, task(), 1)
+        assert (outer["fixed"] == 0.0).all()
+        assert all(leaf.grad is None for leaf in outer.values())
+        ends.append(outer["moved"].norm().item())
+    assert ends[0] == ends[1] > 0.1
+    assert ends[2] == pytest.approx(0.1, rel=1e-5)
 
 
 def test_a_large_hypergradient_is_clipped():

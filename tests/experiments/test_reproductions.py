@@ -236,6 +236,21 @@ def test_methods_are_looked_at(tmp_path, watchers):
     assert probes.count("\n") == 2 * 2
 
 
+def test_the_error_is_estimated_where_it_can_be(tmp_path):
+    full, one = options(tmp_path, quick=False), REPRODUCTIONS["imaml-methods"]
+    asked = {
+        row: one.settings(row, "5w1s", 0, full).method_options
+        for row in ("imaml", "imaml-damped", "imaml-no-norm", "fomaml-regularized")
+    }
+    assert asked["imaml"] == {"error_estimate": 0.1}
+    assert asked["imaml-damped"] == {"error_estimate": 0.1, "indefinite": "damp"}
+    assert asked["imaml-no-norm"] == {"error_estimate": 0.1}
+    assert asked["fomaml-regularized"] == {}
+    assert one.settings("imaml", "20w1s", 0, full).method_options == {}
+    for quick in ("5w1s", "20w1s"):
+        assert one.settings("imaml", quick, 0, options(tmp_path)).method_options == {}
+
+
 def test_strengths_are_learned_from_the_ends_only(tmp_path, watchers):
     outcome = table(tmp_path, watchers(), "imaml-strength", columns=("0.02", "0.5"))
     learned = [r.setting["task"] for r in outcome.rows if r.setting["learner"] == "imaml-learned"]
