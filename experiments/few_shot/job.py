@@ -151,6 +151,10 @@ def make_job(settings: Settings) -> Job:
     train_pool, held_out_pool = (
         _toned(pool, bool(settings.invert)).to(device) for pool in pools(settings)
     )
+    train_shots, eval_queries = settings.train_shots, settings.eval_queries
+    assert train_shots is not None  # `checked` leaves nothing open
+    assert eval_queries is not None
+    _check_examples(settings, train_pool, held_out_pool)
     common: dict[str, Any] = {
         "ways": settings.ways,
         "seed": settings.seed,
@@ -159,7 +163,7 @@ def make_job(settings: Settings) -> Job:
     }
     training = EpisodeSampler(
         train_pool,
-        shots=settings.train_shots or settings.shots,
+        shots=train_shots,
         queries=settings.queries,
         tasks=settings.tasks,
         **common,
@@ -167,7 +171,7 @@ def make_job(settings: Settings) -> Job:
     held_out = EpisodeSampler(
         held_out_pool,
         shots=settings.shots,
-        queries=settings.eval_queries or settings.queries,
+        queries=eval_queries,
         tasks=max(1, 100 // settings.ways),
         **common,
     )
@@ -205,6 +209,20 @@ def make_job(settings: Settings) -> Job:
     )
 
 
+def _check_examples(settings: Settings, train_pool: ImageClasses, held_out: ImageClasses) -> None:
+    """Raise ValueError where a class has fewer images than an episode asks for."""
+    for pool, shots, queries in (
+        (train_pool, "train_shots", "queries"),
+        (held_out, "shots", "eval_queries"),
+    ):
+        asked = getattr(settings, shots) + getattr(settings, queries)
+        if asked > pool.examples:
+            raise ValueError(
+                f"`{shots}` + `{queries}` is {asked}, but each class of {settings.data} has "
+                f"{pool.examples} images; lower one of them"
+            )
+
+
 def _inner_solver(settings: Settings) -> InnerSolver:
     lr, steps = settings.inner_lr, settings.inner_steps
     # What a name stands for: a registered solver, and the options that fit networks.
@@ -226,7 +244,7 @@ def _inner_solver(settings: Settings) -> InnerSolver:
         "pull-back": ("pull-back", {"lr": lr, "max_steps": steps}),
     }
     asked = settings.inner_solver
-    assert asked is not None  # `checked` leaves nothing open
+    assert asked is not None
     find("inner solver", asked, {**dict.fromkeys(INNER_SOLVERS), **usual})
     name, options = usual.get(asked, (asked, {}))
     registry = _OWN_SOLVERS if name in _OWN_SOLVERS else INNER_SOLVERS
@@ -296,7 +314,7 @@ def _toned(pool: ImageClasses, invert: bool) -> ImageClasses:
 def usable_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"`device` is '{name}', which cannot be used: {reason}") from error

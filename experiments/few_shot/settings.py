@@ -138,9 +138,9 @@ class Settings:
         """
         for one in fields(self):
             _check_type(one.name, getattr(self, one.name))
-        for name, least in _LEAST.items():
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; it is at least {least}")
+        for name, lowest in _LEAST.items():
+            if getattr(self, name) is not None and getattr(self, name) < lowest:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it is at least {lowest}")
         choices = {
             "split": ("test", "validation"),
             "adapted": ("all", "head"),

@@ -37,7 +37,8 @@ _MAX_FILE = 2 << 30
 _MAX_PICTURE = 8 << 20
 _MAX_PIXELS = 16 << 20
 
-_BROKEN = (OSError, EOFError, SyntaxError, ValueError, zlib.error)
+# A header can ask for more memory than there is.
+_BROKEN = (OSError, EOFError, SyntaxError, ValueError, MemoryError, zlib.error)
 _CURE = "copy it again, or point `root` at another copy of mini-ImageNet"
 
 Picture = tuple[str, str, bytes]
@@ -107,6 +108,10 @@ def _from_arrays(path: Path) -> Iterator[Picture]:
     if path.stat().st_size > _MAX_FILE:
         _fail(path, f"has more than {_MAX_FILE >> 20} MiB")
     try:
+        with zipfile.ZipFile(path) as packed:
+            unpacked = sum(one.file_size for one in packed.infolist())
+        if unpacked > _MAX_FILE:
+            _fail(path, f"unpacks to more than {_MAX_FILE >> 20} MiB")
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             wanted = ("data", "offsets", "labels", "classes")
             missing = [name for name in wanted if name not in file.files]
@@ -122,6 +127,7 @@ def _from_arrays(path: Path) -> Iterator[Picture]:
     whole = all(one.ndim == 1 and one.dtype.kind in "iu" for one in (offsets, labels))
     if not whole or len(offsets) != len(labels) + 1:
         _fail(path, f"has {offsets.shape} `offsets` for {labels.shape} `labels`")
+    offsets = offsets.astype(np.int64)  # differences of unsigned numbers never fall
     rising = len(offsets) > 1 and offsets[0] >= 0 and bool((np.diff(offsets) > 0).all())
     if not rising or offsets[-1] > len(data):
         _fail(path, f"has `offsets` that leave its {len(data)} bytes of `data`, or fall")

@@ -148,7 +148,7 @@ def test_a_budget_of_cpu_minutes_ends_training(train, tmp_path):
         (["--method-option", "rtol"], "`--method-option` is 'rtol'; write key=value"),
         (["--inner-option", "momentum=two"], "inner solver 'gradient-descent'|momentum"),
         (["--device", "abacus"], "`device` is 'abacus', which cannot be used"),
-        (["--shots", "9"], "`shots` . `queries` is 9 . 2"),
+        (["--shots", "9"], "`train_shots` . `queries` is 11"),
         (["--ways", "90"], "`ways` is 90, but the pool has"),
         (["--data", "omniglot"], "BILEVEL_DATA"),
     ],

@@ -223,6 +223,22 @@ def test_full_size_is_the_published_one():
     )
 
 
+def test_published_numbers_are_those_of_the_paper():
+    table = REPRODUCTIONS["imaml-table2"].published
+    rows = {
+        "maml": (98.7, 99.9, 95.8, 98.9),
+        "fomaml": (98.3, 99.2, 89.4, 97.9),
+        "reptile": (97.68, 99.48, 89.43, 97.12),
+        "imaml": (99.16, 99.67, 94.46, 98.69),
+        "imaml-hessian-free": (99.5, 99.74, 96.18, 99.14),
+    }
+    columns = ("5w1s", "5w5s", "20w1s", "20w5s")
+    for row, values in rows.items():
+        found = [round(100 * table[row, column][0], 2) for column in columns]
+        assert found == list(values)
+    assert len(table) == len(rows) * len(columns)
+
+
 def test_methods_are_looked_at(tmp_path, watchers):
     rows = ("fomaml-no-norm", "imaml-no-norm")
     changes = {**SMALL, "probe_every": 1}

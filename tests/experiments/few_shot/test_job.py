@@ -129,3 +129,17 @@ def test_names_and_options_that_are_not_known_are_refused(
     error, message = (ValueError, message) if message else (Exception, "divides by λ, which is 0")
     with pytest.raises(error, match=message):
         run(settings(**changes), tmp_path / "run", watcher)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"queries": 12}, r"`train_shots` \+ `queries` is 13, but each class of glyphs has 12"),
+        ({"train_shots": 11}, r"`train_shots` \+ `queries` is 13, but each class of glyphs has 12"),
+        ({"eval_queries": 12}, r"`shots` \+ `eval_queries` is 13, but each class of glyphs has 12"),
+        ({"device": "meta"}, "`device` is 'meta', which cannot be used"),
+    ],
+)
+def test_what_does_not_fit_is_named_by_its_setting(settings, given, message):
+    with pytest.raises(ValueError, match=message):
+        make_job(settings(**given))

@@ -1,6 +1,7 @@
 """Mini-ImageNet: three layouts, and files that are broken or hostile."""
 
 import importlib
+import zipfile
 from io import BytesIO
 
 import numpy as np
@@ -110,6 +111,7 @@ BROKEN = {
     "dtype": ({"data": np.zeros(9, np.float32)}, "instead of uint8"),
     "offsets": ({"offsets": np.arange(5)}, r"has \(5,\) `offsets` for \(12,\) `labels`"),
     "beyond": ({"offsets": np.arange(13) * 10**9}, "leave its"),
+    "unsigned": ({"offsets": np.arange(13, dtype=np.uint64)[::-1].copy()}, "or fall"),
     "falling": ({"offsets": np.arange(13)[::-1].copy()}, "or fall"),
     "label": ({"labels": np.full(12, 3)}, "a label outside its 3 `classes`"),
     "content": ({"offsets": np.arange(13)}, "picture 0' is no sound picture"),
@@ -126,6 +128,27 @@ BROKEN = {
 def test_broken_arrays_are_named(changes, message, tmp_path):
     write_arrays(tmp_path, **changes)
     with pytest.raises(DataError, match=message):
+        mini_imagenet(tmp_path)
+
+
+def test_arrays_that_unpack_to_too_much_are_not_unpacked(tmp_path, monkeypatch):
+    module = importlib.import_module("bilevel.problems.data.mini_imagenet")
+    monkeypatch.setattr(module, "_MAX_FILE", 1 << 20)
+    kept = {**arrays(), "data": np.zeros(2 << 20, np.uint8)}
+    np.savez_compressed(tmp_path / "train.npz", **kept)
+    assert (tmp_path / "train.npz").stat().st_size < 1 << 16
+    with pytest.raises(DataError, match="unpacks to more than 1 MiB"):
+        mini_imagenet(tmp_path)
+
+
+def test_a_header_that_asks_for_all_memory_is_named(tmp_path):
+    header = BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "|u1", "fortran_order": False, "shape": (1 << 62,)}
+    )
+    with zipfile.ZipFile(write_arrays(tmp_path, data=None) / "train.npz", "a") as file:
+        file.writestr("data.npy", header.getvalue())
+    with pytest.raises(DataError, match="no sound npz file"):
         mini_imagenet(tmp_path)
 
 

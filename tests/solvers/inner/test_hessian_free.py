@@ -67,6 +67,17 @@ def test_negative_curvature_leads_to_a_minimum_and_not_to_the_maximum():
     torch.testing.assert_close(found.inner, torch.tensor([1.0, -1.0, 1.0], dtype=F64))
 
 
+@pytest.mark.parametrize(("start", "end"), [(0.3, 1.3), (-0.1, -1.1)])
+def test_where_curvature_is_negative_the_step_is_one_along_the_gradient(start, end):
+    # −∂G over ‖∂G‖, because no curvature that was met is positive.
+    found = solve_inner(
+        double_well(),
+        torch.tensor([start], dtype=F64),
+        inner_solver=HessianFree(max_steps=1, tol=None),
+    )
+    assert found.inner.item() == pytest.approx(end, abs=1e-12)
+
+
 def test_exact_directions_converge_quadratically():
     data, labels = randn(40, 4), (torch.arange(40) % 2).double()
     problem = problem_from(
