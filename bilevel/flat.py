@@ -269,10 +269,6 @@ class FlatProblem:
         """The regularizer's center, to be broadcast with ``[tasks, n]``; if there is one."""
         return self._center
 
-    def center_distance(self, z: Tensor) -> Tensor | None:
-        """‖z − center‖ ``[tasks]``, detached; None without a regularizer."""
-        return None if self._strength is None else norm((z - self._center).detach())
-
     def outer_of(self, i: int) -> PyTree:
         """The outer variable of task ``i``, detached."""
         leaves = [leaf.detach() for leaf in self.outer.leaves]

@@ -348,9 +348,6 @@ def _assemble(
             unused=unused,
             failed=failed,
             inner_distance=_all_of([part.estimate.distance for part in parts], in_order),
-            center_distance=_all_of(
-                [part.flat.center_distance(part.estimate.z) for part in parts], in_order
-            ),
             derivative_residual=_all_of([part.estimate.derivative for part in parts], in_order),
             **_accuracy(parts, in_order),
         ),

@@ -60,9 +60,6 @@ class Diagnostics:
         inner_distance: ‖∂_z G‖ / L over the size of the inner variable, ``[tasks]``, with L the
             largest curvature met: the inner solution is at least about so far. NaN where no
             curvature was met, None for methods that meet none.
-        center_distance: ‖z − center‖ from the regularizer's center, ``[tasks]``; None without a
-            regularizer. ‖∂_z G‖ over it is the strength whose pull balances the gradient that the
-            inner solver left: a smaller one is not felt at z.
         derivative_residual: Unrolled only: ‖(∂z_T/∂z_0)ᵀ ∂_z f‖ / ‖∂_z f‖ over the steps that were
             differentiated, ``[tasks]``. It falls to 0 as the derivative forgets where the steps
             began, which is when unrolling agrees with the implicit hypergradient; near 1 or above,
@@ -83,7 +80,6 @@ class Diagnostics:
     unused: tuple[str, ...] = ()
     failed: tuple[int, ...] = ()
     inner_distance: Tensor | None = None
-    center_distance: Tensor | None = None
     derivative_residual: Tensor | None = None
     error_estimate: Tensor | None = None
     inner_error: Tensor | None = None

@@ -47,8 +47,7 @@ class Trainer:
             (Polyak and Juditsky, 1992, with the exponential weights of usual practice):
             a ← d a + (1 − d) outer, where d is at most (1 + k) / (10 + k) after k steps, so that
             the first steps do not weigh for ever. None: none is kept.
-        project: Called with ``outer`` and the `Hypergradient` of the step after each step, to
-            change ``outer`` in place (bounds); optional.
+        project: Called with ``outer`` after each step, to change it in place (bounds); optional.
         clip: Scale the hypergradient down to this norm over the leaves that the optimizer moves;
             None: leave it. A task near negative curvature can give a huge one, and Adam remembers
             it for hundreds of steps.
@@ -88,7 +87,7 @@ class Trainer:
     optimizer: Callable[[list[Tensor]], torch.optim.Optimizer]
     schedule: Callable[[torch.optim.Optimizer], LRScheduler] | None = None
     average: float | None = None
-    project: Callable[[PyTree, Hypergradient], None] | None = None
+    project: Callable[[PyTree], None] | None = None
     clip: float | None = None
     warm_start: WarmStart = "none"
     on_failure: Literal["raise", "skip", "mean"] = "raise"
@@ -309,7 +308,7 @@ class Training:
             self._schedule.step()
         with torch.no_grad():
             if trainer.project is not None:
-                trainer.project(self.outer, result)
+                trainer.project(self.outer)
             if self._average is not None:
                 assert trainer.average is not None
                 decay = min(trainer.average, (1 + self.steps) / (10 + self.steps))

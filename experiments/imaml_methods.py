@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 from bilevel.run_folder import METRICS, PROBES, read_metrics
 
 from .accuracy_table import AccuracyTable
 from .cells import Cell, Entry
-from .few_shot import LEARNERS, Settings
+from .few_shot import LEARNERS
 from .reproduction import Check, Options, Table, percent
 from .results import Row
 
@@ -36,8 +35,6 @@ _TASKS: dict[str, dict[str, Any]] = {
 }
 _FIRST_ORDER = {"imaml-no-norm": "fomaml-no-norm"}
 _CLOSE = 1e-2
-# Where the error is estimated at every meta-step, which triples the time; elsewhere in looks only.
-_ESTIMATED = ("5w1s",)
 
 
 class ImamlMethods(AccuracyTable):
@@ -53,6 +50,7 @@ class ImamlMethods(AccuracyTable):
         "imaml-released",
         "imaml-paper",
         "imaml",
+        "imaml-estimated",
         "imaml-damped",
         "imaml-gauss-newton",
         "imaml-learned",
@@ -72,13 +70,6 @@ class ImamlMethods(AccuracyTable):
         if options.quick:
             return {**common, "steps": 60, "tasks": 4, "eval_tasks": 100, "probe_every": 20}
         return {**common, "probe_every": 100}
-
-    def settings(self, row: str, column: str, seed: int, options: Options) -> Settings:
-        """As in every table; what can estimate its error does so."""
-        settings = super().settings(row, column, seed, options)
-        if options.quick or column not in _ESTIMATED or settings.method != "cg":
-            return settings
-        return replace(settings, method_options={"error_estimate": 0.1, **settings.method_options})
 
     def checks(self, entries: Mapping[tuple[str, str], Entry], options: Options) -> list[Check]:
         """Where the inner problem is solved, the implicit gradient meets finite differences."""
@@ -173,14 +164,15 @@ def _looks(entry: Entry) -> dict[str, float | None]:
 
 
 def _estimates(cell: Cell) -> list[float | None]:
-    """What was estimated: at each meta-step where that was asked for, else in each look.
+    """What was estimated: at each meta-step where the learner asks for it, else in each look.
 
     None where there is no estimate: H + λI is indefinite, or the point too far from a solution.
     """
+    if cell.settings["method"] != "cg":
+        return []
     if cell.settings["method_options"].get("error_estimate"):
         return [one["error_estimate"] for one in read_metrics(cell.folder / METRICS)]
-    looks = [one for one in _probes(cell) if one.get("linear_residual") is not None]
-    return [one["error_estimate"] for one in looks]
+    return [one["error_estimate"] for one in _probes(cell)]
 
 
 def _estimated(looks: Mapping[str, float | None]) -> str:

@@ -101,12 +101,7 @@ def imaml(
         float | None, _option("Problem", "strength_lr", "Learning rate of log λ.")
     ] = None,
     strength_min: Annotated[
-        float | None,
-        _option(
-            "Problem",
-            "strength_min",
-            "The least λ that is learned; by default where its pull balances the gradient left.",
-        ),
+        float | None, _option("Problem", "strength_min", "The least λ that is learned.")
     ] = None,
     adapted: Annotated[
         str | None, _option("Problem", "adapted", "Adapt all parameters, or the head alone.")

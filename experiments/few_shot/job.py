@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from torch import nn
 
 import bilevel.problems as problems
 import bilevel.solvers
-from bilevel import Hypergradient, TaskBatch, Trainer, stateless
+from bilevel import TaskBatch, Trainer, stateless
 from bilevel.build import build, find
 from bilevel.inner_solver import InnerSolver
 from bilevel.method import HypergradientMethod
@@ -22,13 +23,14 @@ from bilevel.registry import INNER_SOLVERS, METHODS, Registry
 from .released import PullBack, ReleasedCG
 from .reptile import Reptile
 from .settings import Settings
-from .strength import balancing_strength
 
 __all__ = ["Job", "make_job"]
 
 # The classes are parted alike for every seed, so that runs can be compared.
 _SPLIT_SEED = 0
 _NETWORKS = {"strided": problems.conv_strided, "pool": problems.conv_pool}
+# Steps of about the learning rate, either way, without the memory that would overshoot.
+_STRENGTH_STEPS = {"betas": (0.0, 0.9)}
 # What belongs to published experiments only is in no registry of the library's.
 _OWN_SOLVERS: Registry[InnerSolver] = Registry("inner solver")
 _OWN_SOLVERS.register("pull-back")(PullBack)
@@ -72,20 +74,20 @@ class Job:
             log_strength = {id(leaf) for leaf in tree_leaves(self.outer["log_strength"])}
 
         def optimizer(leaves: list[torch.Tensor]) -> torch.optim.Optimizer:
-            groups = [{"params": [x for x in leaves if id(x) not in log_strength]}]
+            groups: list[dict[str, Any]] = [
+                {"params": [x for x in leaves if id(x) not in log_strength]}
+            ]
             if settings.learn_strength is not None:
                 chosen = [x for x in leaves if id(x) in log_strength]
-                groups.append({"params": chosen, "lr": settings.strength_lr})  # type: ignore[dict-item]
+                groups.append({"params": chosen, "lr": settings.strength_lr, **_STRENGTH_STEPS})
             return torch.optim.Adam(groups, lr=settings.lr, eps=settings.eps)
 
         def cosine(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
             return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
 
-        def bound(outer: PyTree, result: Hypergradient) -> None:
-            given = settings.strength_min
-            least = balancing_strength(result) if given is None else torch.tensor(given)
+        def bound(outer: PyTree) -> None:
             for leaf in tree_leaves(outer["log_strength"]):
-                leaf.clamp_(min=least.log().to(leaf))
+                leaf.clamp_(min=math.log(settings.strength_min))
 
         return Trainer(
             self.problem,

@@ -26,6 +26,15 @@ class Learner:
 
 # At the published λ this network's inner problem is strongly convex near its solution.
 _SMOOTH = {"activation": "tanh", "norm": "none", "strength": 2.0}
+# Steps and products enough to come near a solution of either system.
+_SOLVED = {
+    "activation": "tanh",
+    "norm": "none",
+    "inner_solver": "lbfgs",
+    "inner_steps": 20,
+    "method_options": {"max_steps": 20, "rtol": 0.01},
+}
+_UNBOUNDED = {"learn_strength": "scalar", "strength_min": 1e-4}
 _PLAIN = {"strength": 0.0, "inner_solver": "gradient-descent", "clip": 10.0}
 
 LEARNERS: dict[str, Learner] = {
@@ -74,17 +83,32 @@ LEARNERS: dict[str, Learner] = {
     "imaml-learned": Learner(
         "iMAML, λ learned",
         {"learn_strength": "scalar"},
-        "One λ, learned by its own implicit gradient down to where its pull is still felt.",
+        "One λ, learned by its own implicit gradient, down to a bound.",
     ),
     "imaml-unbounded": Learner(
         "iMAML, λ learned, no bound",
-        {"learn_strength": "scalar", "strength_min": 1e-4},
+        _UNBOUNDED,
         "One λ, learned by its own implicit gradient wherever that leads.",
+    ),
+    "imaml-solved": Learner(
+        "iMAML, smooth, nearly solved",
+        _SOLVED,
+        "A smooth network without batch norm, L-BFGS in the inner problem, 20 products outside.",
+    ),
+    "imaml-solved-unbounded": Learner(
+        "iMAML, smooth, nearly solved, λ learned, no bound",
+        {**_SOLVED, **_UNBOUNDED},
+        "The same, with one λ learned wherever its implicit gradient leads.",
     ),
     "imaml-layers": Learner(
         "iMAML, λ learned by layer",
-        {"learn_strength": "layer", "strength_lr": 0.1},
-        "One λ for each layer; they diverge at the rate that suits a single one.",
+        {"learn_strength": "layer"},
+        "One λ for each layer, learned likewise.",
+    ),
+    "imaml-estimated": Learner(
+        "iMAML, error estimated",
+        {"method_options": {"error_estimate": 0.1}},
+        "The same training, in which every meta-gradient estimates its error.",
     ),
     "imaml-scheduled": Learner(
         "iMAML, λ from 5 to 0.2",

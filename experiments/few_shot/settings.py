@@ -42,10 +42,12 @@ class Settings:
         strength: λ, the pull to θ; its first value where it changes.
         strength_end: λ at the last meta-step, reached by equal factors; None: λ is not scheduled.
         learn_strength: ``"scalar"``, ``"layer"`` or ``"parameter"``; None: λ is not learned.
-        strength_lr: Learning rate of log λ. Adam's steps are about as large, so that λ leaves a bad
-            start in a few of them: θ should not be trained for long there.
-        strength_min: The least λ that is learned. None: measured at each meta-step, as the λ whose
-            pull balances the gradient that the inner steps leave (`balancing_strength`).
+        strength_lr: Learning rate of log λ; None: 0.6 for a scalar, 0.1 for several, which diverge
+            at more. Steps are about as large, so that one λ changes by a factor of about 1.8 at a
+            time: θ should not be trained for long at a bad one.
+        strength_min: The least λ that is learned. An implicit gradient prices the inner problem as
+            if it were solved; few inner steps end long before a small λ acts, so that it asks for
+            ever less of it, until the adjoint systems are hopeless.
         adapted: ``"all"`` parameters, or the ``"head"``: the last layer.
         inner_solver: Name of a registered inner solver, or ``"nesterov"``, ``"adam"`` or
             ``"pull-back"``; None: gradient descent, with backtracking unless the method
@@ -91,8 +93,8 @@ class Settings:
     strength: float = 0.2
     strength_end: float | None = None
     learn_strength: str | None = None
-    strength_lr: float = 1.5
-    strength_min: float | None = None
+    strength_lr: float | None = None
+    strength_min: float = 0.1
     adapted: str = "all"
     inner_solver: str | None = None
     inner_steps: int = 16
@@ -157,9 +159,9 @@ class Settings:
             if not (self.strength > 0 and self.strength_end > 0):
                 raise ValueError("a scheduled λ changes by equal factors: both ends must be > 0")
         least = self.strength_min
-        if least is not None and not least > 0:
+        if not least > 0:
             raise ValueError(f"`strength_min` is {least}; λ is learned by its logarithm")
-        if self.learn_strength is not None and least is not None and self.strength < least:
+        if self.learn_strength is not None and self.strength < least:
             raise ValueError(
                 f"`strength` is {self.strength}, below `strength_min` = {least}, to "
                 "which the first meta-step would set it; start higher, or lower the bound"
@@ -174,6 +176,7 @@ class Settings:
             "train_shots": self.shots,
             "eval_queries": self.queries,
             "inner_solver": steps,
+            "strength_lr": 0.6 if self.learn_strength == "scalar" else 0.1,
         }
         return replace(self, **{k: v for k, v in usual.items() if getattr(self, k) is None})
 

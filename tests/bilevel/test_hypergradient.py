@@ -202,25 +202,3 @@ def test_a_task_may_be_left_out_for_a_problem_without_data():
     )
     result = hypergradient(problem, randn(2), inner_solver=GD, method=CG)
     torch.testing.assert_close(result.gradient, torch.ones(2, dtype=F64))
-
-
-@pytest.mark.parametrize("stacked", [True, False])
-def test_distance_from_the_center_is_reported(stacked):
-    problem = problem_from(
-        lambda z, x, batch: 0.5 * ((z - batch) ** 2).sum(),
-        lambda z, x, batch: (z**2).sum(),
-        Proximal(1.0, center=lambda x: 2.0 * x),
-    )
-    x = torch.ones(2, dtype=torch.float64)
-    targets = torch.tensor([[2.0, 2.0], [2.0, 6.0]], dtype=torch.float64)
-    tasks = TaskBatch(targets, targets)
-    found = hypergradient(
-        problem,
-        x,
-        tasks if stacked else tasks.unstack(),
-        inner_solver=GradientDescent(lr=0.5, max_steps=1),
-        method=ImplicitCG(),
-    )
-    # z = (target + 2) / 2, and the center is 2.
-    expected = torch.tensor([0.0, 2.0], dtype=torch.float64)
-    torch.testing.assert_close(found.diagnostics.center_distance, expected)

@@ -252,26 +252,23 @@ def test_methods_are_looked_at(tmp_path, watchers):
     assert probes.count("\n") == 2 * 2
 
 
-def test_the_error_is_estimated_where_it_can_be(tmp_path):
-    full, one = options(tmp_path, quick=False), REPRODUCTIONS["imaml-methods"]
-    asked = {
-        row: one.settings(row, "5w1s", 0, full).method_options
-        for row in ("imaml", "imaml-damped", "imaml-no-norm", "fomaml-regularized")
-    }
-    assert asked["imaml"] == {"error_estimate": 0.1}
-    assert asked["imaml-damped"] == {"error_estimate": 0.1, "indefinite": "damp"}
-    assert asked["imaml-no-norm"] == {"error_estimate": 0.1}
-    assert asked["fomaml-regularized"] == {}
-    assert one.settings("imaml", "20w1s", 0, full).method_options == {}
-    for quick in ("5w1s", "20w1s"):
-        assert one.settings("imaml", quick, 0, options(tmp_path)).method_options == {}
-
-
 def test_strengths_are_learned_from_the_ends_only(tmp_path, watchers):
     outcome = table(tmp_path, watchers(), "imaml-strength", columns=("0.02", "0.5"))
-    learned = [r.setting["task"] for r in outcome.rows if r.setting["learner"] == "imaml-learned"]
-    assert set(learned) == {"0.02"}
-    assert outcome.checks[-1].claim.startswith("λ learned from 0.02: within 1 point of the best")
+    by_learner = {row.setting["learner"]: set() for row in outcome.rows}
+    for row in outcome.rows:
+        by_learner[row.setting["learner"]].add(row.setting["task"])
+    assert by_learner == {
+        "imaml": {"0.02", "0.5"},
+        "imaml-unbounded": {"0.02"},
+        "imaml-solved": {"0.02", "0.5"},
+        "imaml-solved-unbounded": {"0.02"},
+    }
+    last = outcome.checks[-1]
+    assert "nearly solved: λ learned from 0.02 is within 1 point of the best" in last.claim
+    # What is told is the λ that was evaluated with.
+    weights = tmp_path / "out/cells/imaml-solved-unbounded-0.02-seed0/weights.pt"
+    kept = torch.load(weights, weights_only=True)["log_strength"].exp().item()
+    assert last.found.endswith(f"λ ends at {kept:.3g}")
 
 
 @pytest.mark.parametrize(
@@ -293,7 +290,7 @@ def test_strengths_are_learned_from_the_ends_only(tmp_path, watchers):
             "`clip` is what makes fomaml, and cannot be set",
         ),
         ("imaml-strength", {"changes": {"strength": 1.0}}, "`strength` names the columns"),
-        ("imaml-strength", {"rows": ("imaml-learned",), "columns": ("0.1",)}, "has no cell"),
+        ("imaml-strength", {"rows": ("imaml-unbounded",), "columns": ("0.1",)}, "has no cell"),
     ],
 )
 def test_what_is_not_known_is_named(name, given, message, tmp_path, watcher):

@@ -158,7 +158,7 @@ def test_a_scheduled_strength_goes_from_end_to_end(settings, tmp_path, watcher):
 
 @pytest.mark.parametrize("kind", ["scalar", "layer", "parameter"])
 def test_a_learned_strength_has_its_own_rate(kind, settings):
-    job = make_job(settings(learn_strength=kind, strength_lr=0.25, strength_min=1e-3, lr=1e-3))
+    job = make_job(settings(learn_strength=kind, strength_lr=0.25, lr=1e-3))
     training = job.trainer().begin(job.outer)
     before = [leaf.clone() for leaf in tree_leaves(job.outer["log_strength"])]
     training.advance(job.training(0))
