@@ -90,7 +90,7 @@ class ImamlFig2b(Reproduction):
 
     name = "imaml-fig2b"
     title = "iMAML, figure 2b: memory and time of a meta-gradient"
-    source = "Rajeswaran et al. (2019), figure 2b, digitised; 20-way 5-shot, one task"
+    source = "Rajeswaran et al. (2019), figure 2b, digitised; one task of glyphs, λ = 40, rate 0.01"
     takes = ("device",)
 
     def _run(self, options: Options, watcher: Watcher) -> Outcome:

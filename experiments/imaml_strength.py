@@ -2,7 +2,7 @@ r"""Learning λ from a bad start, against fixed values of it, with no bound to s
 
 On the glyphs that the library draws, twice. The usual few-shot run leaves its inner problem far
 from solved, and its network is not smooth, so that nothing promises that the implicit gradient in λ
-means anything. In the other, a smooth network without batch norm, L-BFGS comes near a solution.
+means anything. In the other, a smooth network without batch norm, L-BFGS comes nearer to one.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _STRENGTHS = (0.02, 0.1, 0.5, 2.0, 10.0, 50.0)
 _TASKS: dict[str, dict[str, Any]] = {f"{one:g}": {"strength": one} for one in _STRENGTHS}
 _STARTS = ("0.02", "50")
 # The learner with λ fixed, and the one that learns it.
-_PAIRS = {"imaml": "imaml-unbounded", "imaml-solved": "imaml-solved-unbounded"}
+_PAIRS = {"imaml": "imaml-unbounded", "imaml-lbfgs": "imaml-lbfgs-unbounded"}
 
 
 class ImamlStrength(AccuracyTable):
-    """λ fixed, and learned from the two ends: inner problem left unsolved, and nearly solved."""
+    """λ fixed, and λ learned from the two ends, for two networks and inner solvers."""
 
     name = "imaml-strength"
     title = "iMAML: λ learned from a bad start"

@@ -269,7 +269,7 @@ def _method(settings: Settings) -> HypergradientMethod:
 
 
 def _glyphs(settings: Settings) -> tuple[ImageClasses, ImageClasses]:
-    # The default seed served to choose difficulty and settings; these classes were never looked at.
+    # Not the default seed, which served to choose the difficulty of the glyphs.
     pool = data.glyphs(seed=1)
     held_out = len(pool) // 4
     if settings.split == "test":

@@ -26,8 +26,8 @@ class Learner:
 
 # At the published λ this network's inner problem is strongly convex near its solution.
 _SMOOTH = {"activation": "tanh", "norm": "none", "strength": 2.0}
-# Steps and products enough to come near a solution of either system.
-_SOLVED = {
+# Solvers that come nearer to a solution than a few steps of descent and 5 of CG.
+_NEARER = {
     "activation": "tanh",
     "norm": "none",
     "inner_solver": "lbfgs",
@@ -90,14 +90,14 @@ LEARNERS: dict[str, Learner] = {
         _UNBOUNDED,
         "One λ, learned by its own implicit gradient wherever that leads.",
     ),
-    "imaml-solved": Learner(
-        "iMAML, smooth, nearly solved",
-        _SOLVED,
-        "A smooth network without batch norm, L-BFGS in the inner problem, 20 products outside.",
+    "imaml-lbfgs": Learner(
+        "iMAML, smooth, L-BFGS",
+        _NEARER,
+        "A smooth network without batch norm; 20 steps of L-BFGS inside, 20 of CG outside.",
     ),
-    "imaml-solved-unbounded": Learner(
-        "iMAML, smooth, nearly solved, λ learned, no bound",
-        {**_SOLVED, **_UNBOUNDED},
+    "imaml-lbfgs-unbounded": Learner(
+        "iMAML, smooth, L-BFGS, λ learned, no bound",
+        {**_NEARER, **_UNBOUNDED},
         "The same, with one λ learned wherever its implicit gradient leads.",
     ),
     "imaml-layers": Learner(

@@ -260,13 +260,13 @@ def test_strengths_are_learned_from_the_ends_only(tmp_path, watchers):
     assert by_learner == {
         "imaml": {"0.02", "0.5"},
         "imaml-unbounded": {"0.02"},
-        "imaml-solved": {"0.02", "0.5"},
-        "imaml-solved-unbounded": {"0.02"},
+        "imaml-lbfgs": {"0.02", "0.5"},
+        "imaml-lbfgs-unbounded": {"0.02"},
     }
     last = outcome.checks[-1]
-    assert "nearly solved: λ learned from 0.02 is within 1 point of the best" in last.claim
+    assert "L-BFGS: λ learned from 0.02 is within 1 point of the best" in last.claim
     # What is told is the λ that was evaluated with.
-    weights = tmp_path / "out/cells/imaml-solved-unbounded-0.02-seed0/weights.pt"
+    weights = tmp_path / "out/cells/imaml-lbfgs-unbounded-0.02-seed0/weights.pt"
     kept = torch.load(weights, weights_only=True)["log_strength"].exp().item()
     assert last.found.endswith(f"λ ends at {kept:.3g}")
 
