@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ImamlStrength"]
 
-_STRENGTHS = (0.02, 0.1, 0.5, 2.0, 10.0, 50.0)
+_STRENGTHS = (0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 50.0)
 _TASKS: dict[str, dict[str, Any]] = {f"{one:g}": {"strength": one} for one in _STRENGTHS}
 _STARTS = ("0.02", "50")
 # The learner with λ fixed, and the one that learns it.
