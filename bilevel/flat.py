@@ -210,10 +210,14 @@ class FlatProblem:
 
     def gradient(self, z: Tensor) -> Tensor:
         """The stationarity ∂_z G ``[tasks, n]``; it keeps its graph where ``differentiable``."""
-        return self.value_and_gradient(z)[1]
+        return self._value_and_gradient(z, regularized=False)[1]
 
     def value_and_gradient(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """G ``[tasks]`` (detached; NaN for an equilibrium) and its stationarity ``[tasks, n]``."""
+        return self._value_and_gradient(z, regularized=True)
+
+    def _value_and_gradient(self, z: Tensor, *, regularized: bool) -> tuple[Tensor, Tensor]:
+        """With the regularizer in the value, too, where asked for: that is one more pass over z."""
         self.counts["gradients"] += self.count
         if not (self.differentiable and z.requires_grad):
             z = z.detach().requires_grad_(not self.problem.is_equilibrium or self.differentiable)
@@ -231,9 +235,10 @@ class FlatProblem:
         if self._strength is not None:
             with torch.set_grad_enabled(self.differentiable):
                 offset = z - self._center
-                gradient = gradient + self._strength * offset
-            with torch.no_grad():
-                value = value + 0.5 * (self._strength * offset**2).sum(-1)
+                gradient = torch.addcmul(gradient, self._strength, offset)
+            if regularized:
+                with torch.no_grad():
+                    value = value + 0.5 * (self._strength * offset**2).sum(-1)
         if "first_residual" not in self.notes:
             self.notes["first_residual"] = norm(gradient.detach())
         return value, gradient
@@ -242,6 +247,16 @@ class FlatProblem:
         """Outer objective f ``[tasks]``."""
         self.counts["values"] += self.count
         return self._scalar("outer_objective", z, self.tasks.outer_batch)
+
+    def evaluate(self, z: Tensor) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """The outer objective ``[tasks]``; and the metrics, where both come from one prediction."""
+        if not self.problem.shares_evaluation:
+            return self.outer_value(z), None
+        self.counts["values"] += self.count
+        value, metrics = self._call(
+            "evaluate", z, self.tasks.outer_batch, known_as="outer_objective"
+        )
+        return value, {name: one.detach() for name, one in metrics.items()}
 
     def prediction(self, z: Tensor) -> PyTree:
         """What `predict` makes of each task, stacked; for problems that are stated by it."""
@@ -315,7 +330,7 @@ class FlatProblem:
         assert isinstance(value, Tensor)
         return value
 
-    def _call(self, name: str, z: Tensor, batch: PyTree) -> PyTree:
+    def _call(self, name: str, z: Tensor, batch: PyTree, known_as: str | None = None) -> PyTree:
         method = getattr(self.problem, name)
 
         def one_task(vector: Tensor, outer: PyTree, data: PyTree) -> PyTree:
@@ -326,7 +341,7 @@ class FlatProblem:
             (z, self.outer.tree, batch),
             (True, self.outer.per_task, True),
             self.count,
-            name,
+            known_as or name,
         )
 
     @cached_property

@@ -11,11 +11,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .engine import Engine, check_engine, chunk_size
 from .errors import BilevelWarning, DependenceError, ObjectiveError, SolveError
 from .flat import FlatProblem, Outer
 from .inner_solver import InnerReport, InnerSolver
 from .linear_solver import LinearSolution
 from .method import Estimate, HypergradientMethod, ImplicitMethod, Start
+from .operator import SecantPairs
 from .probe import probe
 from .problem import BilevelProblem
 from .pytree import PyTree, tree_map, tree_unflatten
@@ -38,6 +40,8 @@ def hypergradient(
     inner: PyTree = None,
     state: State | None = None,
     reduction: Literal["mean", "none"] = "mean",
+    engine: Engine = "batched",
+    task_chunk: int | None = None,
 ) -> Hypergradient:
     r"""Compute the hypergradient of $F(x) = f(x, z^\star(x))$, the mean over tasks.
 
@@ -59,6 +63,11 @@ def hypergradient(
             variable for a `Task`, stacked for a `TaskBatch`, a list for a list.
         state: ``state`` of an earlier result on the same tasks: warm starts.
         reduction: ``"mean"``, or ``"none"`` for one gradient per task.
+        engine: ``"batched"``: tasks of one shape are stacked and solved at once. ``"loop"``: one
+            after the other. ``"auto"``: whichever is faster, measured at the first call for each
+            problem, device and shape. The two differ by rounding, so that ``"auto"`` may give other
+            bits in another process.
+        task_chunk: Stack at most so many tasks at a time, which bounds memory; None: all.
 
     Raises:
         SolveError: No task has a usable hypergradient; nothing is returned.
@@ -95,6 +104,8 @@ def hypergradient(
         inner=inner,
         state=state,
         reduction=reduction,
+        engine=engine,
+        task_chunk=task_chunk,
     )
     _warn_if_far(result)
     return result
@@ -110,10 +121,13 @@ def compute(
     inner: PyTree = None,
     state: State | None = None,
     reduction: Literal["mean", "none"] = "mean",
+    engine: Engine = "batched",
+    task_chunk: int | None = None,
 ) -> Hypergradient:
     """`hypergradient` for callers that choose the tolerance of the inner solver themselves."""
     if reduction not in ("mean", "none"):
         raise ValueError(f"`reduction` is {reduction!r}; pass 'mean' or 'none'")
+    check_engine(engine, task_chunk)
     check_problem(problem, inner_solver, method, inner)
     variable = Outer.of(outer)
     groups = group(task, inner)
@@ -122,19 +136,27 @@ def compute(
             f"`state` holds {len(state.inner)} groups of tasks but `task` has {len(groups)}; pass "
             "the state of a call on the same tasks"
         )
-    parts = [
-        _group_hypergradient(
-            problem,
-            variable,
-            one,
-            inner_solver,
-            method,
-            _start(state, i),
-            per_task=reduction == "none",
-        )
-        for i, one in enumerate(groups)
-    ]
-    return _assemble(variable, task, groups, parts, method, reduction)
+    parts: list[_Part] = []
+    engines: list[str] = []
+    for i, one in enumerate(groups):
+        size = chunk_size(problem, variable, one.tasks, one.inner, engine, task_chunk)
+        engines.append("loop" if size == 1 < one.tasks.count else "batched")
+        start = _start(state, i)
+        for first in range(0, one.tasks.count, size):
+            last = min(first + size, one.tasks.count)
+            parts.append(
+                _group_hypergradient(
+                    problem,
+                    variable,
+                    one.part(first, last),
+                    inner_solver,
+                    method,
+                    start.part(first, last),
+                    per_task=reduction == "none",
+                )
+            )
+    result = _assemble(variable, task, groups, parts, method, reduction)
+    return replace(result, diagnostics=replace(result.diagnostics, engine=tuple(engines)))
 
 
 # Tasks of one shape
@@ -148,11 +170,19 @@ class Group:
     positions: list[int]
     inner: PyTree
 
+    def part(self, first: int, last: int) -> Group:
+        """Its tasks ``first`` to ``last - 1``."""
+        if last - first == self.tasks.count:
+            return self
+        inner = None if self.inner is None else tree_map(lambda x: x[first:last], self.inner)
+        return Group(self.tasks.part(first, last), self.positions[first:last], inner)
+
 
 @dataclass(frozen=True)
 class _Part:
-    """The hypergradient of one group; ``estimate`` is that of all tasks, failed ones included."""
+    """The hypergradient of one stack; ``estimate`` is that of all tasks, failed ones included."""
 
+    positions: list[int]
     flat: FlatProblem
     estimate: Estimate
     status: Tensor
@@ -243,13 +273,23 @@ def _group_hypergradient(
     status = _with_gradient_status(estimate, per_task)
     if _all_usable(status, estimate.gradient):
         # The weights as they came: where they lie on the host, no device is asked.
-        return _Part(flat, estimate, status, estimate.gradient, float(one.tasks.weights.sum()))
+        return _Part(
+            one.positions,
+            flat,
+            estimate,
+            status,
+            estimate.gradient,
+            float(one.tasks.weights.sum()),
+        )
     if per_task:
-        return _Part(flat, estimate, status, estimate.gradient, 1.0)
-    return _without_failed(flat, inner_solver, method, weights, start, estimate, status)
+        return _Part(one.positions, flat, estimate, status, estimate.gradient, 1.0)
+    return _without_failed(
+        one.positions, flat, inner_solver, method, weights, start, estimate, status
+    )
 
 
 def _without_failed(
+    positions: list[int],
     flat: FlatProblem,
     inner_solver: InnerSolver | None,
     method: HypergradientMethod,
@@ -268,7 +308,7 @@ def _without_failed(
     if len(good):
         pick = start.select(good)
         gradient = method(flat.select(good), inner_solver, weights[good], pick).gradient
-    return _Part(flat, estimate, status, gradient, float(weights[good].sum()))
+    return _Part(positions, flat, estimate, status, gradient, float(weights[good].sum()))
 
 
 def _with_gradient_status(estimate: Estimate, per_task: bool) -> Tensor:
@@ -300,7 +340,7 @@ def _assemble(
     method: HypergradientMethod,
     reduction: str,
 ) -> Hypergradient:
-    order = torch.tensor([p for one in groups for p in one.positions]).argsort()
+    order = torch.tensor([p for one in parts for p in one.positions]).argsort()
 
     def in_order(tensors: Sequence[Tensor]) -> Tensor:
         return torch.cat([tensor.detach() for tensor in tensors])[order.to(tensors[0].device)]
@@ -320,7 +360,12 @@ def _assemble(
     for part in parts:
         for key, value in part.flat.counts.items():
             counts[key] = counts.get(key, 0) + value
-    metrics = [part.flat.metrics(part.estimate.z) for part in parts]
+    metrics = [
+        part.flat.metrics(part.estimate.z)
+        if part.estimate.metrics is None
+        else part.estimate.metrics
+        for part in parts
+    ]
     if any(one.keys() != metrics[0].keys() for one in metrics):
         names = [sorted(one) for one in metrics]
         raise ObjectiveError(
@@ -329,16 +374,12 @@ def _assemble(
         )
     return Hypergradient(
         gradient=tree_unflatten(gradient, outer.spec),
-        inner=_inner(task, groups, parts),
+        inner=_inner(task, parts),
         outer_value=in_order([part.estimate.outer_value for part in parts]),
         inner_value=in_order([part.estimate.inner_value for part in parts]),
         metrics={key: in_order([one[key] for one in metrics]) for key in metrics[0]},
         status=status,
-        state=State(
-            tuple(part.estimate.z for part in parts),
-            tuple(None if one is None else one.value.detach() for one in linear),
-            tuple(None if one is None else one.pairs for one in linear),
-        ),
+        state=_state(groups, parts),
         diagnostics=Diagnostics(
             inner=inner_report,
             linear=_report([one for one in linear if one is not None], linear_status, in_order)
@@ -507,19 +548,37 @@ def _padded(table: Tensor, steps: int) -> Tensor:
     return torch.nn.functional.pad(table, (0, 0, 0, missing), value=float("nan"))
 
 
-def _inner(
-    task: Task | TaskBatch | Sequence[Task] | None, groups: list[Group], parts: list[_Part]
-) -> PyTree:
+def _inner(task: Task | TaskBatch | Sequence[Task] | None, parts: list[_Part]) -> PyTree:
     trees = [part.flat.vector.unflatten(part.estimate.z) for part in parts]
     if isinstance(task, TaskBatch):
-        return trees[0]
+        return trees[0] if len(trees) == 1 else tree_map(lambda *x: torch.cat(x), *trees)
     if task is None or isinstance(task, Task):
         return tree_map(lambda x: x[0], trees[0])
-    out: list[PyTree] = [None] * sum(len(one.positions) for one in groups)
-    for one, tree in zip(groups, trees, strict=True):
-        for i, position in enumerate(one.positions):
+    out: list[PyTree] = [None] * sum(len(part.positions) for part in parts)
+    for part, tree in zip(parts, trees, strict=True):
+        for i, position in enumerate(part.positions):
             out[position] = tree_map(lambda x, i=i: x[i], tree)
     return out
+
+
+def _state(groups: list[Group], parts: list[_Part]) -> State:
+    """Warm starts, one for each group of equal shapes, however its tasks were run."""
+    inner, adjoint, pairs = [], [], []
+    rest = iter(parts)
+    for one in groups:
+        chunks: list[Estimate] = []
+        while sum(len(chunk.z) for chunk in chunks) < one.tasks.count:
+            chunks.append(next(rest).estimate)
+        solved = [chunk.linear for chunk in chunks if chunk.linear is not None]
+        kept = [linear.pairs for linear in solved if linear.pairs is not None]
+        inner.append(_joined([chunk.z for chunk in chunks]))
+        adjoint.append(_joined([x.value.detach() for x in solved]) if solved else None)
+        pairs.append(SecantPairs.together(kept) if len(kept) > 1 else next(iter(kept), None))
+    return State(tuple(inner), tuple(adjoint), tuple(pairs))
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 # Small parts

@@ -14,7 +14,7 @@ from .errors import NotDifferentiableError, StructureError
 from .flat import FlatProblem
 from .operator import SecantPairs
 from .pytree import PyTree, tree_map
-from .rows import norm
+from .rows import choose, norm
 from .status import Status, residual_status
 
 __all__ = ["InnerReport", "InnerSolver"]
@@ -127,7 +127,7 @@ class InnerSolver(ABC):
                 break
             z, state = self._step(flat.at(step), carry.z, carry.state)
             if stop:
-                z = torch.where(carry.active.unsqueeze(-1), z, carry.z)
+                z = choose(carry.active, z, carry.z)
             steps, active = carry.steps + carry.active, carry.active
             if stop and (step + 1) % self.check_every == 0:
                 assert self.tol is not None

@@ -38,6 +38,7 @@ class LinearisedSystem:
         inner_value: G ``[tasks]``, detached.
         outer_value: f ``[tasks]``, with its graph where it depends on the outer leaves directly.
         rhs: ∂_z f ``[tasks, n]``, the right-hand side of the adjoint system.
+        metrics: The problem's metrics at the point, where they came with f; None: not yet known.
     """
 
     flat: FlatProblem
@@ -46,6 +47,7 @@ class LinearisedSystem:
     inner_value: Tensor
     outer_value: Tensor
     rhs: Tensor
+    metrics: dict[str, Tensor] | None = None
 
     @property
     def operator(self) -> Operator:
@@ -118,7 +120,7 @@ def linearise(flat: FlatProblem, z: Tensor) -> LinearisedSystem:
     z = z.detach().requires_grad_()
     with torch.enable_grad(), full_precision(z.device):
         before = torch.get_rng_state()
-        outer_value = flat.outer_value(z)
+        outer_value, metrics = flat.evaluate(z)
         if not before.equal(torch.get_rng_state()):
             raise RandomnessError(randomness_message("outer_objective"))
         rhs = gradient_of_outer(outer_value, z)
@@ -126,7 +128,7 @@ def linearise(flat: FlatProblem, z: Tensor) -> LinearisedSystem:
             # Its graph has done its work: do not hold it beside that of the stationarity.
             outer_value = outer_value.detach()
         inner_value, stationarity = flat.value_and_gradient(z)
-    return LinearisedSystem(flat, z, stationarity, inner_value, outer_value, rhs)
+    return LinearisedSystem(flat, z, stationarity, inner_value, outer_value, rhs, metrics)
 
 
 def gradient_of_outer(outer_value: Tensor, z: Tensor) -> Tensor:

@@ -41,7 +41,11 @@ class Start:
     adjoint: Tensor | None = None
     pairs: SecantPairs | None = None
 
-    def select(self, index: Tensor) -> Start:
+    def part(self, first: int, last: int) -> Start:
+        """The starts of tasks ``first`` to ``last - 1``."""
+        return self.select(slice(first, last))
+
+    def select(self, index: Tensor | slice) -> Start:
         """The starts of the tasks at ``index``."""
         return Start(
             None if self.inner is None else self.inner[index],
@@ -70,6 +74,8 @@ class Estimate:
             where no curvature was met.
         error: The estimate of the error, where it was asked for.
         bound: The certified relative error ``[tasks]``, where it was asked for.
+        metrics: The problem's metrics at ``z``, ``[tasks]`` each, where they came with f; None: to
+            be computed.
     """
 
     gradient: tuple[Tensor | None, ...]
@@ -84,6 +90,7 @@ class Estimate:
     distance: Tensor | None = None
     error: ErrorEstimate | None = None
     bound: Tensor | None = None
+    metrics: dict[str, Tensor] | None = None
 
     @property
     def status(self) -> Tensor:
@@ -264,4 +271,5 @@ class ImplicitMethod(HypergradientMethod):
             else distance(point.z, residual, adjoint, flat.start),
             error=self._error(point),
             bound=certified_bound(point) if self.error_bound else None,
+            metrics=system.metrics,
         )

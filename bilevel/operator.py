@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -31,7 +31,7 @@ class SecantPairs:
     y: Tensor
     valid: Tensor
 
-    def select(self, index: Tensor) -> SecantPairs:
+    def select(self, index: Tensor | slice) -> SecantPairs:
         """The pairs of the tasks at ``index``."""
         return SecantPairs(self.s[:, index], self.y[:, index], self.valid[:, index])
 
@@ -41,6 +41,20 @@ class SecantPairs:
         return SecantPairs(
             self.s[:, here].clone(), self.y[:, here].clone(), self.valid[:, here].clone()
         )
+
+    @classmethod
+    def together(cls, parts: Sequence[SecantPairs]) -> SecantPairs:
+        """The pairs of several stacks of tasks, as of one; shorter ones begin with empty slots."""
+        most = max(len(one.s) for one in parts)
+
+        def joined(name: str) -> Tensor:
+            padded = []
+            for one in parts:
+                x: Tensor = getattr(one, name)
+                padded.append(torch.cat([x.new_zeros(most - len(x), *x.shape[1:]), x]))
+            return torch.cat(padded, 1)
+
+        return cls(joined("s"), joined("y"), joined("valid"))
 
     def damped(self, shift: Tensor | float) -> SecantPairs:
         """The pairs of A + shift · I; ``shift`` is a number, or ``[tasks, 1]``."""

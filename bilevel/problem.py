@@ -124,6 +124,17 @@ class BilevelProblem(ABC):
         """Quantities to report for a task, 0-d tensors by name, on the outer batch."""
         return {}
 
+    def evaluate(
+        self, inner: PyTree, outer: PyTree, batch: PyTree
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`outer_objective` and `metrics` at once; override where they share a prediction."""
+        return self.outer_objective(inner, outer, batch), self.metrics(inner, outer, batch)
+
+    @property
+    def shares_evaluation(self) -> bool:
+        """`evaluate` is cheaper than its two parts."""
+        return type(self).evaluate is not BilevelProblem.evaluate
+
     @property
     def has_start(self) -> bool:
         """The problem says where its inner solver starts."""

@@ -72,6 +72,7 @@ class Diagnostics:
         gradient_norm: ‖gradient‖ of each task, to which the errors are relative.
         error_status: How the estimate's own solves ended; MAX_STEPS means that it may be low.
         error_bound: The same, certified from the problem's constants; None unless asked.
+        engine: ``"batched"`` or ``"loop"`` for each group of tasks of one shape.
     """
 
     inner: SolveReport
@@ -87,6 +88,7 @@ class Diagnostics:
     gradient_norm: Tensor | None = None
     error_status: tuple[Status, ...] = ()
     error_bound: Tensor | None = None
+    engine: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

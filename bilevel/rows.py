@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-__all__ = ["column", "dot", "full_precision", "norm"]
+__all__ = ["check_interval", "choose", "column", "dot", "full_precision", "norm"]
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
@@ -29,6 +29,16 @@ def norm(a: Tensor) -> Tensor:
 def column(scalars: Tensor, like: Tensor) -> Tensor:
     """``[tasks]`` as ``[tasks, 1]`` in the dtype of ``like``, to scale rows by."""
     return scalars.to(like.dtype).unsqueeze(-1)
+
+
+def choose(tasks: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    """Rows of ``yes`` for those tasks, and of ``no`` for the others.
+
+    It never multiplies by a mask: 0 · NaN is NaN. Where asking is free, all tasks cost no copy.
+    """
+    if check_interval(tasks.device) == 1 and bool(tasks.all()):
+        return yes
+    return torch.where(tasks.unsqueeze(-1), yes, no)
 
 
 @contextmanager

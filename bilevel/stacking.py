@@ -27,6 +27,7 @@ class Stacking:
     attention: set[str] = field(default_factory=set)
     native_norms: set[str] = field(default_factory=set)
     probed: set[Any] = field(default_factory=set)
+    one_by_one: dict[Any, bool] = field(default_factory=dict)
 
     def __call__(
         self,

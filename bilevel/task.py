@@ -130,6 +130,18 @@ class TaskBatch:
             count=len(positions),
         )
 
+    def part(self, first: int, last: int) -> TaskBatch:
+        """Tasks ``first`` to ``last - 1``, sharing memory with these."""
+        assert self.keys is not None
+        assert self.weights is not None
+        return TaskBatch(
+            _slice(self.inner_batch, first, last),
+            _slice(self.outer_batch, first, last),
+            keys=self.keys[first:last],
+            weights=self.weights[first:last],
+            count=last - first,
+        )
+
     def unstack(self) -> list[Task]:
         """The tasks one by one."""
         assert self.keys is not None
@@ -233,6 +245,12 @@ def _select(tree: PyTree, index: Tensor) -> PyTree:
     if isinstance(tree, Stream):
         return Stream(lambda step: _select(tree.draw(step), index))
     return tree_map(lambda x: x[index.to(x.device)] if isinstance(x, Tensor) else x, tree)
+
+
+def _slice(tree: PyTree, first: int, last: int) -> PyTree:
+    if isinstance(tree, Stream):
+        return Stream(lambda step: _slice(tree.draw(step), first, last))
+    return tree_map(lambda x: x[first:last] if isinstance(x, Tensor) else x, tree)
 
 
 def _to(tree: PyTree, *args: Any, **kwargs: Any) -> PyTree:

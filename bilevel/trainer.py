@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
+from .engine import Engine, check_engine
 from .errors import SolveError
 from .flat import Outer
 from .hypergradient import hypergradient
@@ -59,6 +60,9 @@ class Trainer:
         on_failure: What to do where a task is not CONVERGED or BUDGET. ``"raise"``: stop, with
             ``outer`` as it was before the step. ``"skip"``: leave this step out. ``"mean"``: step
             with the mean over the usable tasks.
+        engine: How stacked tasks are run, as in `hypergradient`. What ``"auto"`` finds at the first
+            step holds for the others, and for a training that is resumed.
+        task_chunk: Stack at most so many tasks at a time; None: all.
 
     Example:
         >>> import torch
@@ -91,10 +95,13 @@ class Trainer:
     clip: float | None = None
     warm_start: WarmStart = "none"
     on_failure: Literal["raise", "skip", "mean"] = "raise"
+    engine: Engine = "batched"
+    task_chunk: int | None = None
 
     def __post_init__(self) -> None:
         if self.on_failure not in ("raise", "skip", "mean"):
             raise ValueError(f"`on_failure` is {self.on_failure!r}; pass 'raise', 'skip' or 'mean'")
+        check_engine(self.engine, self.task_chunk)
         WarmStarts(self.warm_start, constant=True)
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"`clip` is {self.clip}; pass a norm > 0, or None")
@@ -202,6 +209,7 @@ class Training:
         self.trainer = trainer
         self.outer = outer
         self.steps = 0
+        self._engine = trainer.engine
         leaves = list(self._variable.leaves)
         self.optimizer = trainer.optimizer(leaves)
         self._schedule = None if trainer.schedule is None else trainer.schedule(self.optimizer)
@@ -237,7 +245,12 @@ class Training:
             inner_solver=trainer.inner_solver,
             method=trainer.method,
             state=self._kept.state(task),
+            engine=self._engine,
+            task_chunk=trainer.task_chunk if self._engine != "loop" else None,
         )
+        found = set(result.diagnostics.engine)
+        if self._engine == "auto" and len(found) == 1:
+            self._engine = found.pop()  # type: ignore[assignment]
         self._kept.keep(task, result.state)
         self._update(result)
         record = Record.of(self.steps, result, time.perf_counter() - started)
@@ -248,6 +261,7 @@ class Training:
         """All that a resumption needs, of tensors and plain values; `torch.save` it."""
         return {
             "steps": self.steps,
+            "engine": self._engine,
             "outer": [leaf.detach().clone() for leaf in self._variable.leaves],
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),
             "schedule": None if self._schedule is None else self._schedule.state_dict(),
@@ -287,6 +301,8 @@ class Training:
             self._schedule.load_state_dict(state["schedule"])
         self._kept.load_state_dict(state["warm_starts"])
         self.steps = state["steps"]
+        if self.trainer.engine == "auto":
+            self._engine = state["engine"]
 
     def _update(self, result: Hypergradient) -> None:
         trainer = self.trainer

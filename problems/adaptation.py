@@ -122,6 +122,30 @@ class Adaptation(BilevelProblem):
         """The loss on the query batch."""
         return self.loss(self.predict(inner, outer, batch), outer, batch)
 
+    def evaluate(
+        self, inner: dict[str, Tensor], outer: PyTree, batch: Batch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss on the query batch and `scores`, from one prediction."""
+        prediction = self.predict(inner, outer, batch)
+        return self.loss(prediction, outer, batch), self.scores(prediction.detach(), batch)
+
+    @property
+    def shares_evaluation(self) -> bool:
+        """Unless a subclass has an objective or metrics of its own."""
+        own = any(
+            getattr(type(self), name) is not getattr(Adaptation, name) or name in self.__dict__
+            for name in ("outer_objective", "metrics")
+        )
+        return not own
+
+    def metrics(self, inner: dict[str, Tensor], outer: PyTree, batch: Batch) -> dict[str, Tensor]:
+        """`scores` of the prediction on the query batch."""
+        return self.scores(self.predict(inner, outer, batch), batch)
+
+    def scores(self, prediction: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Quantities to report of a prediction, 0-d tensors by name."""
+        return {}
+
     def _adapted(self, theta: dict[str, Tensor]) -> dict[str, Tensor]:
         if self.adapted is None:
             return theta

@@ -58,9 +58,8 @@ class FewShot(Adaptation):
         """The mean cross entropy."""
         return F.cross_entropy(prediction, batch[1])
 
-    def metrics(self, inner: dict[str, Tensor], outer: PyTree, batch: Batch) -> dict[str, Tensor]:
+    def scores(self, prediction: Tensor, batch: Batch) -> dict[str, Tensor]:
         """``accuracy`` on the query batch."""
-        prediction = self.predict(inner, outer, batch)
         return {"accuracy": (prediction.argmax(-1) == batch[1]).to(prediction.dtype).mean()}
 
     @classmethod

@@ -179,6 +179,13 @@ def imaml(
             rich_help_panel="Output",
         ),
     ] = None,
+    engine: Annotated[
+        str | None,
+        _option("Machine", "engine", "Tasks at once (batched), one by one (loop), or auto."),
+    ] = None,
+    task_chunk: Annotated[
+        int | None, _option("Machine", "task_chunk", "The most tasks at once; default: all.", min=1)
+    ] = None,
     overwrite: Annotated[
         bool,
         typer.Option("--overwrite", help="Replace the run in --out.", rich_help_panel="Output"),
@@ -236,6 +243,8 @@ def imaml(
         "seed": seed,
         "device": device,
         "threads": threads,
+        "engine": engine,
+        "task_chunk": task_chunk,
     }
     chosen = {name: value for name, value in given.items() if value is not None}
     settings = _few_shot.Settings.of(learner, **chosen)

@@ -99,6 +99,8 @@ class Job:
             project=None if settings.learn_strength is None else bound,
             clip=settings.clip or None,
             on_failure="mean",
+            engine=settings.engine,  # type: ignore[arg-type]  # `checked` knows them
+            task_chunk=settings.task_chunk,
         )
 
     def prepare(self, outer: PyTree, step: int) -> None:

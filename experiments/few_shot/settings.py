@@ -70,6 +70,9 @@ class Settings:
         seed: Of initial values and tasks; the split of classes is the same for all.
         device: ``"cpu"``, ``"cuda"``, …
         threads: CPU threads; None: PyTorch's own choice.
+        engine: ``"batched"`` or ``"loop"``: tasks at once or one after the other. They differ by
+            rounding; ``"auto"`` takes the faster one, which may be another in another process.
+        task_chunk: The most tasks at once, which bounds memory; None: all.
     """
 
     learner: str = "imaml"
@@ -115,6 +118,8 @@ class Settings:
     seed: int = 0
     device: str = "cpu"
     threads: int | None = None
+    engine: str = "batched"
+    task_chunk: int | None = None
 
     @classmethod
     def of(cls, learner: str = "imaml", /, **given: Any) -> Settings:
@@ -148,6 +153,7 @@ class Settings:
             "adapted": ("all", "head"),
             "lr_schedule": ("constant", "cosine"),
             "learn_strength": (None, "scalar", "layer", "parameter"),
+            "engine": ("auto", "batched", "loop"),
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -207,7 +213,8 @@ class Settings:
 
         Where and how long a run goes on, and what it is evaluated on, may change.
         """
-        free = ["root", "minutes", "threads", "device", "eval_tasks", "eval_queries"]
+        free = ["root", "minutes", "threads", "device", "engine", "task_chunk"]
+        free += ["eval_tasks", "eval_queries"]
         if self.learn_strength is None:
             free += ["strength_lr", "strength_min"]
         # A run that is older than a setting had what is the default now.
@@ -228,7 +235,7 @@ _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "o
 _CALLED = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
 _LEAST = {
     **dict.fromkeys(("shots", "train_shots", "queries", "eval_queries", "tasks", "channels"), 1),
-    **dict.fromkeys(("eval_tasks", "threads"), 1),
+    **dict.fromkeys(("eval_tasks", "threads", "task_chunk"), 1),
     **dict.fromkeys(("steps", "inner_steps", "probe_every", "clip", "strength", "minutes"), 0),
     "ways": 2,
 }

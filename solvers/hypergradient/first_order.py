@@ -45,7 +45,7 @@ class FirstOrder(HypergradientMethod):
         graph = flat.with_outer(flat.outer.differentiable(), differentiable=True)
         leaves = graph.outer.leaves
         with torch.enable_grad():
-            outer_value = graph.outer_value(z)
+            outer_value, metrics = graph.evaluate(z)
             rhs = gradient_of_outer(outer_value, z)
             # The start as the problem states it, even where the user gave another point.
             stated = replace(graph, start_is_constant=not graph.problem.has_start)
@@ -58,4 +58,11 @@ class FirstOrder(HypergradientMethod):
             direct = torch.autograd.grad(
                 outer_value, leaves, weights.to(outer_value.dtype), allow_unused=True
             )
-        return Estimate(add(direct, through), z.detach(), inner_value, outer_value.detach(), inner)
+        return Estimate(
+            add(direct, through),
+            z.detach(),
+            inner_value,
+            outer_value.detach(),
+            inner,
+            metrics=metrics,
+        )

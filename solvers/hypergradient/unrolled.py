@@ -65,7 +65,7 @@ class Unrolled(HypergradientMethod):
         with torch.enable_grad():
             # No warm start: the derivative would lose the steps that led there.
             entry, carry = self._unroll(graph, inner_solver)
-            outer_value = graph.outer_value(carry.z)
+            outer_value, metrics = graph.evaluate(carry.z)
         z = carry.z.detach()
         if outer_value.requires_grad:
             # The backward pass takes about one product for each step differentiated.
@@ -94,7 +94,13 @@ class Unrolled(HypergradientMethod):
         status = torch.where(unforgotten, int(Status.MAX_STEPS), inner.status).to(torch.int8)
         inner = replace(inner, status=status)
         return Estimate(
-            tuple(gradients), z, inner_value, outer_value.detach(), inner, derivative=left
+            tuple(gradients),
+            z,
+            inner_value,
+            outer_value.detach(),
+            inner,
+            derivative=left,
+            metrics=metrics,
         )
 
     def unroll(self, graph: FlatProblem, inner_solver: InnerSolver | None) -> Carry:

@@ -20,7 +20,7 @@ from bilevel.flat import FlatProblem
 from bilevel.inner_solver import InnerSolver, check_rate
 from bilevel.pytree import PyTree
 from bilevel.registry import INNER_SOLVERS
-from bilevel.rows import column, dot, norm
+from bilevel.rows import choose, column, dot, norm
 
 __all__ = ["BacktrackingDescent"]
 
@@ -71,9 +71,8 @@ class BacktrackingDescent(InnerSolver):
         decrease = _ARMIJO * lr * dot(slope, slope)
         noise = _ROUNDING * torch.finfo(z.dtype).eps * start.abs()
         taken = (value <= start - decrease + noise) & gradient.isfinite().all(-1)
-        rows = taken.unsqueeze(-1)
-        return torch.where(rows, trial, z), {
+        return choose(taken, trial, z), {
             "value": torch.where(taken, value, start),
-            "gradient": torch.where(rows, gradient, slope),
+            "gradient": choose(taken, gradient, slope),
             "lr": torch.where(taken, lr, 0.5 * lr),
         }

@@ -29,10 +29,10 @@ from bilevel.operator import MatVec, Operator
 from bilevel.preconditioner import Preconditioner
 from bilevel.problem import Structure
 from bilevel.registry import LINEAR_SOLVERS
-from bilevel.rows import column, dot
+from bilevel.rows import choose, column, dot
 
 from .curvature import Policy, repair
-from .cycles import Progress, check_settings, choose, prepare, solve_in_cycles
+from .cycles import Progress, check_settings, prepare, solve_in_cycles
 from .lanczos import Lanczos
 from .minres import minres
 from .pairs import PairKeeper
@@ -107,8 +107,10 @@ class CG(LinearSolver):
         keeper = PairKeeper(count, rhs, operator.recycled_pairs) if count else None
         lanczos = Lanczos(rhs) if self.preconditioner is None else None
 
+        plain = self.preconditioner is None
+
         def cycle(progress: Progress) -> None:
-            _cycle(operator, precondition, progress, lanczos, keeper)
+            _cycle(operator, None if plain else precondition, progress, lanczos, keeper)
             if lanczos is not None:
                 lanczos.close()
 
@@ -124,14 +126,14 @@ class CG(LinearSolver):
 
 def _cycle(
     operator: Operator,
-    precondition: MatVec,
+    precondition: MatVec | None,
     progress: Progress,
     lanczos: Lanczos | None,
     keeper: PairKeeper | None,
 ) -> None:
     """Iterate from the residual until no task is active."""
-    z = p = precondition(progress.r)
-    rz = dot(progress.r, z)
+    z = p = progress.r if precondition is None else precondition(progress.r)
+    rz = progress.rr if precondition is None else dot(progress.r, z)
     # β / α of the step before; 0 before the first.
     carried = torch.zeros_like(rz)
     for _ in progress.rounds():
@@ -143,10 +145,12 @@ def _cycle(
         good = met & (pap > 0) & (rz > 0)
         alpha = torch.where(met, rz / pap, 0.0)
         # `choose`, not a product with alpha = 0: a failed task's NaN would spread over its row.
-        x, r = progress.x + column(alpha, p) * p, progress.r - column(alpha, p) * ap
+        step = column(alpha, p)
+        x = torch.addcmul(progress.x, step, p)
+        r = torch.addcmul(progress.r, step, ap, value=-1)
         progress.step(good, x, r)
-        z = precondition(progress.r)
-        new = dot(progress.r, z)
+        z = progress.r if precondition is None else precondition(progress.r)
+        new = progress.rr if precondition is None else dot(progress.r, z)
         beta = torch.where(good, new / rz, 0.0)
         if lanczos is not None:
             # The step that met negative curvature is recorded too: it has a negative Ritz value.
@@ -154,5 +158,5 @@ def _cycle(
         if keeper is not None:
             keeper.add(good, p, ap)
         carried = beta / alpha
-        p = choose(good, z + column(beta, p) * p, p)
+        p = choose(good, torch.addcmul(z, column(beta, p), p), p)
         rz = torch.where(good, new, rz)

@@ -12,9 +12,9 @@ from torch import Tensor
 from bilevel.errors import SolveError, StructureError
 from bilevel.linear_solver import LinearSolution, relative_residual
 from bilevel.operator import Operator
+from bilevel.rows import choose
 from bilevel.status import Status
 
-from .cycles import choose
 from .lanczos import smallest_ritz_value
 
 __all__ = ["Policy", "repair"]

@@ -15,10 +15,10 @@ from torch import Tensor
 from bilevel.linear_solver import LinearSolution
 from bilevel.operator import MatVec, Operator
 from bilevel.preconditioner import Preconditioner
-from bilevel.rows import check_interval, dot, norm
+from bilevel.rows import check_interval, choose, dot, norm
 from bilevel.status import Status, residual_status
 
-__all__ = ["Progress", "check_settings", "choose", "prepare", "solve_in_cycles"]
+__all__ = ["Progress", "check_settings", "prepare", "solve_in_cycles"]
 
 
 @dataclass
@@ -95,14 +95,6 @@ class Progress:
         self.rr = torch.where(good, dot(self.r, self.r), self.rr)
         self.steps = self.steps + good
         self.active = good & (self.rr > self.floor**2) & (self.steps < self.max_steps)
-
-
-def choose(tasks: Tensor, yes: Tensor, no: Tensor) -> Tensor:
-    """Rows of ``yes`` for those tasks, and of ``no`` for the others.
-
-    It never multiplies by a mask: 0 · NaN is NaN.
-    """
-    return torch.where(tasks.unsqueeze(-1), yes, no)
 
 
 def solve_in_cycles(

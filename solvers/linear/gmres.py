@@ -21,9 +21,9 @@ from bilevel.operator import MatVec, Operator
 from bilevel.preconditioner import Preconditioner
 from bilevel.problem import Structure
 from bilevel.registry import LINEAR_SOLVERS
-from bilevel.rows import column, dot, norm
+from bilevel.rows import choose, column, dot, norm
 
-from .cycles import Progress, check_settings, choose, prepare, solve_in_cycles
+from .cycles import Progress, check_settings, prepare, solve_in_cycles
 
 __all__ = ["GMRES"]
 

@@ -23,9 +23,9 @@ from bilevel.linear_solver import LinearSolution, LinearSolver
 from bilevel.operator import Operator
 from bilevel.problem import Structure
 from bilevel.registry import LINEAR_SOLVERS
-from bilevel.rows import column, dot, norm
+from bilevel.rows import choose, column, dot, norm
 
-from .cycles import Progress, check_settings, choose, solve_in_cycles
+from .cycles import Progress, check_settings, solve_in_cycles
 
 __all__ = ["NormalCG"]
 

@@ -64,8 +64,8 @@ class Tensors(TorchFunctionMode):
 @pytest.fixture
 def dear(monkeypatch):
     """Asking is dear, as on an accelerator."""
-    module = importlib.import_module("bilevel.solvers.linear.cycles")
-    monkeypatch.setattr(module, "check_interval", lambda device: 8)
+    for name in ("bilevel.rows", "bilevel.solvers.linear.cycles"):
+        monkeypatch.setattr(importlib.import_module(name), "check_interval", lambda device: 8)
 
 
 @pytest.fixture(scope="module")
