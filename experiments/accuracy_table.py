@@ -70,11 +70,21 @@ class AccuracyTable(Reproduction):
     def checks(self, entries: Mapping[tuple[str, str], Entry], options: Options) -> list[Check]:
         """The claims of the published table, as far as there are cells to judge them by."""
 
+    def has(self, row: str, column: str) -> bool:
+        """Whether there is such a cell in the table."""
+        return True
+
     def selected(self, options: Options) -> list[tuple[str, str, int]]:
         """Row, column and seed of the cells that are asked for."""
         rows = options.rows or self.rows
         columns = options.columns or self.columns
-        return [(row, column, seed) for seed in options.seeds for column in columns for row in rows]
+        return [
+            (row, column, seed)
+            for seed in options.seeds
+            for column in columns
+            for row in rows
+            if self.has(row, column)
+        ]
 
     def settings(self, row: str, column: str, seed: int, options: Options) -> Settings:
         """The settings of a cell: of its learner, of its column, and what the user changes."""
@@ -193,8 +203,11 @@ class AccuracyTable(Reproduction):
             printed = any((row, column) in published for column in columns)
             if not (known or printed):
                 continue
+            missing = {
+                column: "not measured" if self.has(row, column) else "–" for column in columns
+            }
             texts = [
-                entries[row, column].text if (row, column) in entries else "not measured"
+                entries[row, column].text if (row, column) in entries else missing[column]
                 for column in columns
             ]
             body.append((LEARNERS[row].title, *texts))

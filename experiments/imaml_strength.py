@@ -48,11 +48,9 @@ class ImamlStrength(AccuracyTable):
         common = {"data": "glyphs"}
         return {**common, "steps": 100, "tasks": 4, "eval_tasks": 200} if options.quick else common
 
-    def selected(self, options: Options) -> list[tuple[str, str, int]]:
-        """Learned from the two ends only."""
-        return [
-            cell for cell in super().selected(options) if cell[0] in _PAIRS or cell[1] in _STARTS
-        ]
+    def has(self, row: str, column: str) -> bool:
+        """λ is learned from the two ends only."""
+        return row in _PAIRS or column in _STARTS
 
     def draw(self, entries: Mapping[tuple[str, str], Entry]) -> Figure:
         """Accuracy against λ, fixed and where learning ended; a panel for each pair."""

@@ -47,8 +47,8 @@ REFUTED = {
     "imaml-table2": ["5w1s: iMAML reaches 98.2"],
     "imaml-fig2b": ["iMAML takes 1.1 to 1.8 times FOMAML's memory (paper 1.38, of a whole card)"],
     "imaml-strength": [
-        "λ learned from 0.02: within 1 point of the best fixed λ, 0.1",
-        "λ learned from 50: within 1 point of the best fixed λ, 0.1",
+        "iMAML: λ learned from 0.02 is within 1 point of the best fixed λ",
+        "iMAML: λ learned from 50 is within 1 point of the best fixed λ",
     ],
 }
 
@@ -88,6 +88,16 @@ def test_mini_imagenet_is_ten_points_above_chance():
 def test_the_released_operator_is_the_first_order_one():
     where = {"learner": "imaml-released", "task": "5w1s"}
     assert value("imaml-methods", "cosine_with_first_order", **where) > 0.999
+
+
+@pytest.mark.parametrize("start", ["0.02", "50"])
+def test_a_learned_strength_ends_by_the_best_fixed_one(start):
+    fixed = [
+        value("imaml-strength", "test_accuracy", learner="imaml-lbfgs", task=one, seed=0)
+        for one in ("0.005", "0.02", "0.1", "0.5", "2", "10", "50")
+    ]
+    learned = {"learner": "imaml-lbfgs-unbounded", "task": start, "seed": 0}
+    assert value("imaml-strength", "test_accuracy", **learned) >= max(fixed) - 0.01
 
 
 def test_on_a_smooth_network_the_implicit_gradient_is_exact():
