@@ -42,7 +42,7 @@ def agree(found, wanted):
 
 
 @pytest.mark.filterwarnings("ignore::bilevel.BilevelWarning")
-@pytest.mark.parametrize("how", ENGINES, ids=str)
+@pytest.mark.parametrize("how", ENGINES[:2], ids=str)  # "auto" is one of the others
 @pytest.mark.parametrize("method_name", [*METHODS])
 @pytest.mark.parametrize("problem_name", list(PROBLEMS))
 def test_every_method_gives_the_same_on_every_problem(problem_name, method_name, how):
