@@ -1,4 +1,4 @@
-"""Time of one iMAML meta-gradient, beside its bare kernels, a hand-written loop and peers.
+"""Time of one iMAML meta-gradient, beside its bare kernels and a loop by hand.
 
     python benchmarks/meta_gradient.py [--full] [--device cpu] [--threads 1] [--out ...]
 
@@ -17,6 +17,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from timing import Times, alternate
 from torch import Tensor
 
 from bilevel import hypergradient, stateless
+from bilevel.engine import Engine
 from bilevel.experiments.results import Row, write_results
 from bilevel.problems import EpisodeSampler, FewShot, conv_pool, conv_strided, glyphs
 from bilevel.solvers import GradientDescent, ImplicitCG
@@ -54,10 +56,10 @@ class Setting:
 
     def variants(self) -> dict[str, Callable[[], Params]]:
         """All that compute the meta-gradient."""
-        ours = {f"bilevel, {one}": self.ours(one) for one in ("batched", "loop", "auto")}
+        ours = {f"bilevel, {one}": self.ours(one) for one in get_args(Engine)}
         return {"by hand": self.by_hand, **ours}
 
-    def ours(self, engine: str) -> Callable[[], Params]:
+    def ours(self, engine: Engine) -> Callable[[], Params]:
         """The library, by one of its engines."""
         solver = GradientDescent(lr=RATE, max_steps=STEPS)
         method = ImplicitCG(max_steps=PRODUCTS, rtol=0.0)
@@ -69,9 +71,10 @@ class Setting:
                 self.batch,
                 inner_solver=solver,
                 method=method,
-                engine=engine,  # type: ignore[arg-type]
+                engine=engine,
             )
-            return found.gradient  # type: ignore[no-any-return]
+            gradient: Params = found.gradient
+            return gradient
 
         return run
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from bilevel.clock import seconds_of
+
 __all__ = ["Times", "alternate"]
 
 
@@ -23,11 +25,6 @@ class Times:
     def median(self) -> float:
         """The median."""
         return statistics.median(self.seconds)
-
-    @property
-    def least(self) -> float:
-        """The least."""
-        return min(self.seconds)
 
     @property
     def spread(self) -> float:
@@ -58,11 +55,5 @@ def alternate(
     for turn in range(rounds):
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
-            if cuda:
-                torch.cuda.synchronize(device)
-            started = clock()
-            variants[name]()
-            if cuda:
-                torch.cuda.synchronize(device)
-            found[name].append(clock() - started)
-    return {name: Times(tuple(seconds)) for name, seconds in found.items()}
+            found[name].append(seconds_of(variants[name], device, clock))
+    return {name: Times(tuple(one)) for name, one in found.items()}

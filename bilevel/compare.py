@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from .brief import brief
 from .check import float64_reference, tasks_and_points
+from .clock import seconds_of
 from .comparison import TRUSTED, Comparison, MethodResult, duration
 from .errors import BilevelError, BilevelWarning, ObjectiveError
 from .hypergradient import hypergradient
@@ -132,7 +132,7 @@ def compare(
         warnings.simplefilter("ignore", BilevelWarning)
         for _ in range(repeats):
             for name in found:
-                seconds[name].append(_seconds(partial(run, *chosen[name]), device))
+                seconds[name].append(seconds_of(partial(run, *chosen[name]), device))
         peaks = {
             name: peak_bytes(partial(run, *chosen[name]), device)
             for name in found
@@ -273,18 +273,6 @@ def _first_run(
     }
     row = replace(row, counts=counts, status=max(result.status), note="; ".join(notes))
     return row, result
-
-
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    def synchronize() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    synchronize()
-    started = time.perf_counter()
-    run()
-    synchronize()
-    return time.perf_counter() - started
 
 
 def _quality(result: Hypergradient) -> tuple[bool, float]:

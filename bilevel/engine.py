@@ -8,17 +8,19 @@ problem, device and shape, and remembers on the problem.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from typing import Literal, TypeAlias, get_args
+from collections.abc import Iterable
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
+from torch import Tensor
 
-from .flat import FlatProblem, Outer
+from .clock import seconds_of
+from .flat import FlatProblem, Outer, stacking_of
 from .linearised import linearise
 from .probe import probe
 from .problem import BilevelProblem
-from .pytree import PyTree, tree_map
+from .pytree import PyTree, tree_leaves, tree_map
+from .stream import Stream
 from .task import TaskBatch
 
 __all__ = ["Engine", "check_engine", "chunk_size"]
@@ -63,13 +65,21 @@ def chunk_size(
     if engine == "batched":
         return most
     few = min(_TRIED, most)
-    stacked = _flat(problem, outer, tasks, inner, few)
-    key = (stacked.device, stacked.vector.dtype, stacked.n, few)
-    remembered = stacked.stacking.one_by_one
+    remembered = stacking_of(problem).one_by_one
+    key = (few, _shapes(outer.leaves), _shapes(tree_leaves([_data(tasks), inner])))
     if key not in remembered:
-        single = _flat(problem, outer, tasks, inner, 1)
-        remembered[key] = few * _seconds(single) < _seconds(stacked)
+        stacked, single = (_flat(problem, outer, tasks, inner, count) for count in (few, 1))
+        remembered[key] = few * _least_seconds(single) < _least_seconds(stacked)
     return 1 if remembered[key] else most
+
+
+def _data(tasks: TaskBatch) -> PyTree:
+    inner = None if isinstance(tasks.inner_batch, Stream) else tasks.inner_batch
+    return [inner, tasks.outer_batch]
+
+
+def _shapes(leaves: Iterable[Any]) -> Any:
+    return tuple((x.device, x.dtype, x.shape) for x in leaves if isinstance(x, Tensor))
 
 
 def _flat(
@@ -81,8 +91,8 @@ def _flat(
     return flat
 
 
-def _seconds(flat: FlatProblem) -> float:
-    """The least time of a gradient and a Hessian product, of which all methods are made."""
+def _least_seconds(flat: FlatProblem) -> float:
+    """Of a gradient and a Hessian product, of which all methods are made."""
     system, ones = linearise(flat, flat.start), torch.ones_like(flat.start)
 
     def run() -> None:
@@ -90,16 +100,4 @@ def _seconds(flat: FlatProblem) -> float:
         system.pull(ones)
 
     run()
-    return min(_timed(run, flat.device) for _ in range(_REPEATS))
-
-
-def _timed(function: Callable[[], None], device: torch.device) -> float:
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    wait()
-    started = time.perf_counter()
-    function()
-    wait()
-    return time.perf_counter() - started
+    return min(seconds_of(run, flat.device) for _ in range(_REPEATS))

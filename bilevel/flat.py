@@ -120,7 +120,7 @@ class FlatProblem:
             inner: A constant point to start from instead of `initial_inner`, with a leading
                 dimension of tasks.
         """
-        stacking = _stacking(problem)
+        stacking = stacking_of(problem)
         # Until the problem was looked at once, a function may still write to its arguments.
         trial = outer.detached() if stacking.probed else outer.cloned()
         versions = [leaf._version for leaf in trial.leaves]
@@ -375,7 +375,7 @@ def _regularizer(problem: BilevelProblem) -> Proximal:
     return problem.regularizer
 
 
-def _stacking(problem: BilevelProblem) -> Stacking:
+def stacking_of(problem: BilevelProblem) -> Stacking:
     """The problem's own record of what vmap refused; kept on the instance, not globally."""
     record = problem.__dict__.get("_stacking")
     if not isinstance(record, Stacking) or record.mode != problem.stacking:

@@ -136,26 +136,27 @@ def compute(
             f"`state` holds {len(state.inner)} groups of tasks but `task` has {len(groups)}; pass "
             "the state of a call on the same tasks"
         )
-    parts: list[_Part] = []
-    engines: list[str] = []
+    parts: list[list[_Part]] = []
+    engines: list[Engine] = []
     for i, one in enumerate(groups):
         size = chunk_size(problem, variable, one.tasks, one.inner, engine, task_chunk)
         engines.append("loop" if size == 1 < one.tasks.count else "batched")
         start = _start(state, i)
-        for first in range(0, one.tasks.count, size):
-            last = min(first + size, one.tasks.count)
-            parts.append(
+        parts.append(
+            [
                 _group_hypergradient(
                     problem,
                     variable,
-                    one.part(first, last),
+                    one.part(first, first + size),
                     inner_solver,
                     method,
-                    start.part(first, last),
+                    start.part(first, first + size),
                     per_task=reduction == "none",
                 )
-            )
-    result = _assemble(variable, task, groups, parts, method, reduction)
+                for first in range(0, one.tasks.count, size)
+            ]
+        )
+    result = _assemble(variable, task, parts, method, reduction)
     return replace(result, diagnostics=replace(result.diagnostics, engine=tuple(engines)))
 
 
@@ -171,8 +172,8 @@ class Group:
     inner: PyTree
 
     def part(self, first: int, last: int) -> Group:
-        """Its tasks ``first`` to ``last - 1``."""
-        if last - first == self.tasks.count:
+        """Its tasks ``first`` to ``last - 1``, as far as there are."""
+        if last - first >= self.tasks.count:
             return self
         inner = None if self.inner is None else tree_map(lambda x: x[first:last], self.inner)
         return Group(self.tasks.part(first, last), self.positions[first:last], inner)
@@ -335,11 +336,11 @@ def _all_usable(status: Tensor, gradient: Sequence[Tensor | None]) -> bool:
 def _assemble(
     outer: Outer,
     task: Task | TaskBatch | Sequence[Task] | None,
-    groups: list[Group],
-    parts: list[_Part],
+    stacks: list[list[_Part]],
     method: HypergradientMethod,
     reduction: str,
 ) -> Hypergradient:
+    parts = [part for stack in stacks for part in stack]
     order = torch.tensor([p for one in parts for p in one.positions]).argsort()
 
     def in_order(tensors: Sequence[Tensor]) -> Tensor:
@@ -379,7 +380,7 @@ def _assemble(
         inner_value=in_order([part.estimate.inner_value for part in parts]),
         metrics={key: in_order([one[key] for one in metrics]) for key in metrics[0]},
         status=status,
-        state=_state(groups, parts),
+        state=_state(stacks),
         diagnostics=Diagnostics(
             inner=inner_report,
             linear=_report([one for one in linear if one is not None], linear_status, in_order)
@@ -561,17 +562,13 @@ def _inner(task: Task | TaskBatch | Sequence[Task] | None, parts: list[_Part]) -
     return out
 
 
-def _state(groups: list[Group], parts: list[_Part]) -> State:
+def _state(stacks: list[list[_Part]]) -> State:
     """Warm starts, one for each group of equal shapes, however its tasks were run."""
     inner, adjoint, pairs = [], [], []
-    rest = iter(parts)
-    for one in groups:
-        chunks: list[Estimate] = []
-        while sum(len(chunk.z) for chunk in chunks) < one.tasks.count:
-            chunks.append(next(rest).estimate)
-        solved = [chunk.linear for chunk in chunks if chunk.linear is not None]
+    for stack in stacks:
+        solved = [part.estimate.linear for part in stack if part.estimate.linear is not None]
         kept = [linear.pairs for linear in solved if linear.pairs is not None]
-        inner.append(_joined([chunk.z for chunk in chunks]))
+        inner.append(_joined([part.estimate.z for part in stack]))
         adjoint.append(_joined([x.value.detach() for x in solved]) if solved else None)
         pairs.append(SecantPairs.together(kept) if len(kept) > 1 else next(iter(kept), None))
     return State(tuple(inner), tuple(adjoint), tuple(pairs))

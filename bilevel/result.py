@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .engine import Engine
 from .operator import SecantPairs
 from .pytree import PyTree, tree_flatten, tree_leaves
 from .status import Status, describe_status
@@ -88,7 +89,7 @@ class Diagnostics:
     gradient_norm: Tensor | None = None
     error_status: tuple[Status, ...] = ()
     error_bound: Tensor | None = None
-    engine: tuple[str, ...] = ()
+    engine: tuple[Engine, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,7 @@ class TaskBatch:
         )
 
     def part(self, first: int, last: int) -> TaskBatch:
-        """Tasks ``first`` to ``last - 1``, sharing memory with these."""
+        """Tasks ``first`` to ``last - 1``, as far as there are, sharing memory with these."""
         assert self.keys is not None
         assert self.weights is not None
         return TaskBatch(
@@ -139,7 +139,7 @@ class TaskBatch:
             _slice(self.outer_batch, first, last),
             keys=self.keys[first:last],
             weights=self.weights[first:last],
-            count=last - first,
+            count=len(self.keys[first:last]),
         )
 
     def unstack(self) -> list[Task]:

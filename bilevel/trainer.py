@@ -250,7 +250,7 @@ class Training:
         )
         found = set(result.diagnostics.engine)
         if self._engine == "auto" and len(found) == 1:
-            self._engine = found.pop()  # type: ignore[assignment]
+            self._engine = found.pop()
         self._kept.keep(task, result.state)
         self._update(result)
         record = Record.of(self.steps, result, time.perf_counter() - started)

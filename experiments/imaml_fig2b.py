@@ -8,7 +8,6 @@ share of a card's capacity, and its batch size is not known: ratios are compared
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 
 from bilevel import Hypergradient, HypergradientMethod, TaskBatch, hypergradient, stateless
+from bilevel.clock import seconds_of
 from bilevel.memory import peak_bytes
 from bilevel.problems import EpisodeSampler, FewShot, conv_strided, glyphs
 from bilevel.pytree import PyTree
@@ -128,7 +128,7 @@ def _job(ways: int, shots: int, channels: int, options: Options) -> Job:
 
 def _measure(job: Job, repeats: int, device: str, watcher: Watcher) -> _Measured:
     memory: dict[str, dict[int, int]] = {name: {} for name in METHODS}
-    seconds: dict[str, dict[int, list[float]]] = {
+    taken: dict[str, dict[int, list[float]]] = {
         name: {steps: [] for steps in STEPS} for name in METHODS
     }
     products: dict[str, list[int]] = {name: [] for name in METHODS}
@@ -145,19 +145,9 @@ def _measure(job: Job, repeats: int, device: str, watcher: Watcher) -> _Measured
         for _ in range(repeats):
             for steps in STEPS:
                 for name, method in METHODS.items():
-                    run = job(method, steps)
-                    _wait(device)
-                    started = time.perf_counter()
-                    run()
-                    _wait(device)
-                    seconds[name][steps].append(time.perf_counter() - started)
+                    taken[name][steps].append(seconds_of(job(method, steps), device))
                     bar.advance(1)
-    return _Measured(memory, seconds, products)
-
-
-def _wait(device: str) -> None:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
+    return _Measured(memory, taken, products)
 
 
 def _rows(measured: _Measured, setting: dict[str, int]) -> list[Row]:

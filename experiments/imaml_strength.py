@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bilevel.pytree import tree_leaves
 from bilevel.run_folder import WEIGHTS
 
 from .accuracy_table import AccuracyTable
 from .cells import Cell, Entry
 from .few_shot import LEARNERS
+from .few_shot.run import mean_strength
 from .reproduction import Check, Options
 
 if TYPE_CHECKING:
@@ -113,7 +113,6 @@ class ImamlStrength(AccuracyTable):
 
 
 def last_strength(cell: Cell) -> float:
-    """The λ that was evaluated with: the mean over its entries, of the weights that were kept."""
+    """The λ that was evaluated with, of the weights that were kept."""
     weights = torch.load(cell.folder / WEIGHTS, map_location="cpu", weights_only=True)
-    logs = [leaf.flatten() for leaf in tree_leaves(weights["log_strength"])]
-    return float(torch.cat(logs).exp().mean())
+    return mean_strength(weights["log_strength"])

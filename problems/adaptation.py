@@ -126,12 +126,16 @@ class Adaptation(BilevelProblem):
         self, inner: dict[str, Tensor], outer: PyTree, batch: Batch
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss on the query batch and `scores`, from one prediction."""
+        if not self.shares_evaluation:
+            return super().evaluate(inner, outer, batch)
         prediction = self.predict(inner, outer, batch)
         return self.loss(prediction, outer, batch), self.scores(prediction.detach(), batch)
 
     @property
     def shares_evaluation(self) -> bool:
-        """Unless a subclass has an objective or metrics of its own."""
+        """Unless a subclass has an objective or metrics of its own, and no `evaluate` for them."""
+        if type(self).evaluate is not Adaptation.evaluate:
+            return True
         own = any(
             getattr(type(self), name) is not getattr(Adaptation, name) or name in self.__dict__
             for name in ("outer_objective", "metrics")

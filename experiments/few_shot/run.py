@@ -41,7 +41,7 @@ from .pictures import learning_curve
 from .probe import probe
 from .settings import Settings
 
-__all__ = ["Accuracy", "Watcher", "evaluate", "run"]
+__all__ = ["Accuracy", "Watcher", "evaluate", "mean_strength", "run"]
 
 _SAVE_SECONDS = 60.0
 
@@ -224,7 +224,7 @@ def _train(
         spent = time.process_time() - started
         entry = {**record.as_dict(), "cpu_seconds": round(spent, 3)}
         if isinstance(job.outer, dict) and "log_strength" in job.outer:
-            entry["strength"] = _mean_strength(job.outer["log_strength"])
+            entry["strength"] = mean_strength(job.outer["log_strength"])
         records.append(entry)
         folder.append(entry)
         show(record, spent)
@@ -421,7 +421,8 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def _mean_strength(log_strength: PyTree) -> float:
+def mean_strength(log_strength: PyTree) -> float:
+    """The mean λ over the entries of its logarithm."""
     leaves = bilevel.pytree.tree_leaves(log_strength)
     return float(torch.cat([leaf.detach().flatten() for leaf in leaves]).exp().mean())
 

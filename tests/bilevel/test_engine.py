@@ -209,3 +209,31 @@ def test_a_part_of_stacked_tasks_shares_their_memory():
     assert part.keys == ("b", "c")
     assert part.inner_batch.data_ptr() == batch.inner_batch[1:].data_ptr()
     assert [task.key for task in part.unstack()] == ["b", "c"]
+
+
+def test_what_is_remembered_is_not_computed_again():
+    calls = []
+
+    def start(x, batch):
+        calls.append(None)
+        return torch.zeros_like(x)
+
+    problem = problem_from(
+        lambda z, x, batch: 0.5 * ((z - batch * x) ** 2).sum(),
+        lambda z, x, batch: ((z - 1.0) ** 2).sum(),
+        initial_inner=start,
+    )
+    data = torch.ones(3, 2, dtype=F64)
+    settings = {"inner_solver": GradientDescent(0.5, 3), "method": ImplicitCG()}
+
+    def count(engine):
+        calls.clear()
+        hypergradient(
+            problem, torch.ones(2, dtype=F64), TaskBatch(data, data), engine=engine, **settings
+        )
+        return len(calls)
+
+    count("auto")
+    (key,) = problem._stacking.one_by_one
+    problem._stacking.one_by_one[key] = False
+    assert count("auto") == count("batched")

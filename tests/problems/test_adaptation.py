@@ -86,3 +86,20 @@ def test_metrics_and_objectives_of_ones_own_are_heeded(how):
     found, plain = run(problem, example, ImplicitCG()), run(example.problem, example, ImplicitCG())
     assert found.metrics["answer"].item() == 42.0
     assert found.outer_value.item() == pytest.approx(2.0 * plain.outer_value.item())
+
+
+def test_an_evaluation_of_ones_own_is_heeded_with_its_metrics():
+    class Own(FewShot):
+        def metrics(self, inner, outer, batch):
+            return {"answer": torch.tensor(42.0)}
+
+    class Both(Own):
+        def evaluate(self, inner, outer, batch):
+            return self.outer_objective(inner, outer, batch), {"answer": torch.tensor(43.0)}
+
+    example = FewShot.example()
+    net, point, batch = example.problem.net, example.outer, example.task.outer_batch
+    # Asked directly, too: not the scores of the class above.
+    assert Own(net, strength=3.0).evaluate(point, point, batch)[1]["answer"] == 42.0
+    assert run(Own(net, strength=3.0), example, ImplicitCG()).metrics["answer"].item() == 42.0
+    assert run(Both(net, strength=3.0), example, ImplicitCG()).metrics["answer"].item() == 43.0
