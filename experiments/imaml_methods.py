@@ -50,6 +50,7 @@ class ImamlMethods(AccuracyTable):
         "imaml-released",
         "imaml-paper",
         "imaml",
+        "imaml-weaker",
         "imaml-estimated",
         "imaml-damped",
         "imaml-gauss-newton",

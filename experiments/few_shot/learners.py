@@ -48,6 +48,11 @@ LEARNERS: dict[str, Learner] = {
         {"strength": 2.0},
         "The published λ; the backtracking keeps the steps from diverging.",
     ),
+    "imaml-weaker": Learner(
+        "iMAML, λ = 0.1",
+        {"strength": 0.1},
+        "Half the default's pull, near which a learned λ ends.",
+    ),
     "imaml-released": Learner(
         "iMAML, released code",
         {
