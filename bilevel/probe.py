@@ -203,6 +203,9 @@ def _slope(value: Tensor, z: Tensor) -> Tensor:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
+    if a.layout == torch.sparse_coo:
+        a, b = (x.detach().coalesce() for x in (a, b))
+        return a.indices().equal(b.indices()) and _same(a.values(), b.values())
     return bool(torch.isclose(a.detach(), b, rtol=1e-3, atol=0.0, equal_nan=True).all())
 
 

@@ -181,9 +181,10 @@ def _check_tensors(leaves: list[Any], name: str) -> None:
 
 def _task(arguments: tuple[PyTree, ...], stacked: tuple[bool, ...]) -> tuple[PyTree, ...]:
     def pick(tree: PyTree) -> PyTree:
+        if isinstance(tree, Tensor):
+            return _first(tree)
         leaves, spec = tree_flatten(tree)
-        # A view of the single task: `select` on dimension 0 of size 1 costs a full copy backward.
-        return tree_unflatten([x.squeeze(0) if isinstance(x, Tensor) else x for x in leaves], spec)
+        return tree_unflatten([_first(x) if isinstance(x, Tensor) else x for x in leaves], spec)
 
     return tuple(
         pick(argument) if flag else argument
@@ -191,7 +192,15 @@ def _task(arguments: tuple[PyTree, ...], stacked: tuple[bool, ...]) -> tuple[PyT
     )
 
 
+def _first(x: Tensor) -> Tensor:
+    """The single task of a stack of one."""
+    # A view: `select` on dimension 0 of size 1 costs a full copy backward. Sparse data have none.
+    return x.squeeze(0) if x.layout == torch.strided else x[0]
+
+
 def _lift(tree: PyTree, name: str) -> PyTree:
+    if isinstance(tree, Tensor):
+        return tree.unsqueeze(0)
     leaves, spec = tree_flatten(tree)
     _check_tensors(leaves, name)
     return tree_unflatten([x.unsqueeze(0) for x in leaves], spec)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class Task:
 
     @staticmethod
     def stack(tasks: Sequence[Task]) -> TaskBatch:
-        """Stack tasks whose data have one structure and shape.
+        """Stack tasks whose data have one structure and shape; one task alone is not copied.
 
         Raises:
             ValueError: No task, or the data of two tasks do not stack; the leaf is named.
@@ -82,18 +83,19 @@ class TaskBatch:
     count: int = field(default=0)
 
     def __post_init__(self) -> None:
-        sizes: dict[str, int] = {}
+        sizes: dict[str | tuple[str, int], int] = {}
         for root in ("inner_batch", "outer_batch"):
             tree = getattr(self, root)
             if isinstance(tree, Stream):
                 continue
-            for name, leaf in zip(leaf_names(tree, root), tree_leaves(tree), strict=True):
+            for i, leaf in enumerate(tree_leaves(tree)):
                 if isinstance(leaf, Tensor):
                     if leaf.ndim == 0:
                         raise ValueError(
-                            f"`{name}` has no dimension of tasks; stack tasks with Task.stack"
+                            f"`{leaf_names(tree, root)[i]}` has no dimension of tasks; stack tasks "
+                            "with Task.stack"
                         )
-                    sizes[name] = leaf.shape[0]
+                    sizes[root, i] = leaf.shape[0]
         for name, values in (("keys", self.keys), ("weights", self.weights)):
             if values is not None:
                 sizes[name] = len(values)
@@ -102,7 +104,8 @@ class TaskBatch:
         if not sizes:
             raise ValueError("the number of tasks is unknown; pass `count`, `keys` or `weights`")
         if len(set(sizes.values())) > 1:
-            raise ValueError(f"the number of tasks differs: {sizes}; dimension 0 of all is tasks")
+            named = {self._name(place): size for place, size in sizes.items()}
+            raise ValueError(f"the number of tasks differs: {named}; dimension 0 of all is tasks")
         count = next(iter(sizes.values()))
         if count == 0:
             raise ValueError("the batch holds no task; pass at least one")
@@ -113,6 +116,12 @@ class TaskBatch:
             object.__setattr__(self, "weights", torch.ones(count, dtype=torch.float64))
         elif not bool(((self.weights >= 0) & self.weights.isfinite()).all()):
             raise ValueError("`weights` has a negative or non-finite entry; weights are ≥ 0")
+
+    def _name(self, place: str | tuple[str, int]) -> str:
+        if isinstance(place, str):
+            return place
+        root, i = place
+        return leaf_names(getattr(self, root), root)[i]
 
     def __len__(self) -> int:
         return self.count
@@ -209,29 +218,39 @@ def _stack(trees: list[PyTree], root: str) -> PyTree:
         if other != spec:
             raise ValueError(f"`{root}` of task {i} has another structure than that of task 0")
         columns.append(leaves)
-    names = leaf_names(trees[0], root)
+
+    # Names are made for messages only.
+    def name(j: int) -> str:
+        return leaf_names(trees[0], root)[j]
+
     return tree_unflatten(
-        [_stack_leaf([c[j] for c in columns], names[j]) for j in range(len(first))], spec
+        [_stack_leaf([c[j] for c in columns], partial(name, j)) for j in range(len(first))], spec
     )
 
 
-def _stack_leaf(leaves: list[Any], name: str) -> Any:
+def _stack_leaf(leaves: list[Any], name: Callable[[], str]) -> Any:
     if isinstance(leaves[0], Tensor):
         for i, leaf in enumerate(leaves):
             if not isinstance(leaf, Tensor):
-                raise ValueError(f"`{name}` is a tensor in task 0 but not in task {i}")
+                raise ValueError(f"`{name()}` is a tensor in task 0 but not in task {i}")
             for attribute in ("shape", "dtype", "device"):
                 if getattr(leaf, attribute) != getattr(leaves[0], attribute):
                     raise ValueError(
-                        f"`{name}` has {attribute} {getattr(leaf, attribute)} in task {i} but "
+                        f"`{name()}` has {attribute} {getattr(leaf, attribute)} in task {i} but "
                         f"{getattr(leaves[0], attribute)} in task 0; pass a list of tasks instead "
                         "of a stack, and equal shapes are stacked for you"
                     )
-        return torch.stack(leaves)
+        if leaves[0].layout not in (torch.strided, torch.sparse_coo):
+            raise ValueError(
+                f"`{name()}` is {leaves[0].layout}, which PyTorch cannot stack; convert it with "
+                "`.to_sparse_coo()`"
+            )
+        # One task alone needs no copy: its data may be large.
+        return leaves[0].unsqueeze(0) if len(leaves) == 1 else torch.stack(leaves)
     if any(hasattr(leaf, "__array__") for leaf in leaves):
-        raise ValueError(f"`{name}` is an array; pass a tensor: torch.as_tensor of it")
+        raise ValueError(f"`{name()}` is an array; pass a tensor: torch.as_tensor of it")
     if any(leaf != leaves[0] for leaf in leaves):
-        raise ValueError(f"`{name}` differs between tasks but is no tensor; make it a tensor")
+        raise ValueError(f"`{name()}` differs between tasks but is no tensor; make it a tensor")
     return leaves[0]
 
 
