@@ -24,6 +24,7 @@ from .problem import BilevelProblem, Structure
 from .pytree import PyTree, VectorSpec, tree_flatten, tree_map, tree_unflatten
 from .rows import norm
 from .stacking import Stacking
+from .stationarity import StationarityGraph
 from .status import describe_status, members
 from .stream import Stream
 from .task import TaskBatch
@@ -127,7 +128,7 @@ class InnerProblem:
     @property
     def leaf_count(self) -> int:
         """Number of outer leaves."""
-        return len(self.outer.names)
+        return self.outer.count
 
     def folded(self, size: int) -> InnerProblem:
         """``size`` times as many tasks, each with its own outer variable."""
@@ -195,10 +196,9 @@ class InnerProblem:
     ) -> Tensor:
         """The solution of (∂_z F)ᵀ v = rhs, or of ∂_z F v = rhs, ``[tasks, n]``."""
         assert isinstance(self.method, ImplicitMethod)
-        z = z.detach().requires_grad_()
-        flat = self.flat(data, z, [leaf.detach() for leaf in leaves])
-        nothing = z.new_zeros(len(z))
-        system = LinearisedSystem(flat, z, flat.gradient(z), nothing, nothing, rhs)
+        flat = self.flat(data, z.detach(), [leaf.detach() for leaf in leaves])
+        graph = StationarityGraph.at(flat, z)
+        system = LinearisedSystem(flat, z.detach(), graph, z.new_zeros(len(z)), rhs)
         symmetric = self.problem.structure is not Structure.GENERAL
         operator = system.operator if transpose or symmetric else system.operator.T
         found = self.method.solve(operator, rhs)

@@ -17,7 +17,14 @@ from torch import Tensor
 
 from .errors import InPlaceError, ObjectiveError
 from .problem import BilevelProblem
-from .pytree import PyTree, VectorSpec, check_floating, leaf_names, tree_flatten, tree_unflatten
+from .pytree import (
+    PyTree,
+    VectorSpec,
+    check_floating,
+    leaf_names,
+    tree_flatten,
+    tree_unflatten,
+)
 from .regularizer import Proximal, check_strength
 from .rows import norm
 from .stacking import Stacking
@@ -27,13 +34,16 @@ from .task import TaskBatch
 __all__ = ["FlatProblem", "Outer"]
 
 
+INNER: Any = object()
+"""Stands for the inner batch at hand."""
+
+
 @dataclass(frozen=True)
 class Outer:
-    """The outer variable: leaves, their structure and names, shared or one copy per task."""
+    """The outer variable: leaves and their structure, shared or one copy per task."""
 
     leaves: tuple[Tensor, ...]
     spec: Any
-    names: tuple[str, ...]
     per_task: bool = False
 
     @classmethod
@@ -44,12 +54,20 @@ class Outer:
             ValueError: There is no leaf, or a leaf is no floating tensor; the leaf is named.
         """
         leaves, spec = tree_flatten(tree)
-        names = leaf_names(tree, "outer")
         if not leaves:
             raise ValueError("`outer` holds no tensor; pass at least one floating leaf")
-        for name, leaf in zip(names, leaves, strict=True):
-            check_floating(leaf, name)
-        return cls(tuple(leaves), spec, tuple(names))
+        check_floating(leaves, tree, "outer")
+        return cls(tuple(leaves), spec)
+
+    @property
+    def count(self) -> int:
+        """Number of leaves."""
+        return int(self.spec.num_leaves)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the leaves, as a user would reach them."""
+        return tuple(leaf_names(tree_unflatten(range(self.count), self.spec), "outer"))
 
     @property
     def tree(self) -> PyTree:
@@ -148,7 +166,8 @@ class FlatProblem:
                 "`initial_inner` or the regularizer changes `outer` in place; write to a copy: "
                 "`.clone()` it first"
             )
-        return flat.with_outer(outer.detached(), differentiable=False)
+        # Without copies, what is known of center and strength stays known.
+        return flat if stacking.probed else flat.with_outer(outer.detached(), differentiable=False)
 
     # Size and place
 
@@ -172,6 +191,12 @@ class FlatProblem:
     def with_outer(self, outer: Outer, *, differentiable: bool) -> FlatProblem:
         """The same problem at another outer variable."""
         return replace(self, outer=outer, differentiable=differentiable)
+
+    def plain(self) -> FlatProblem:
+        """The same problem without graphs."""
+        if not (self.differentiable or any(leaf.requires_grad for leaf in self.outer.leaves)):
+            return self
+        return self.with_outer(self.outer.detached(), differentiable=False)
 
     def select(self, index: Tensor) -> FlatProblem:
         """The tasks at ``index``."""
@@ -219,19 +244,22 @@ class FlatProblem:
     def _value_and_gradient(self, z: Tensor, *, regularized: bool) -> tuple[Tensor, Tensor]:
         """With the regularizer in the value, too, where asked for: that is one more pass over z."""
         self.counts["gradients"] += self.count
-        if not (self.differentiable and z.requires_grad):
-            z = z.detach().requires_grad_(not self.problem.is_equilibrium or self.differentiable)
+        if self.differentiable and not z.requires_grad:
+            z = z.detach().requires_grad_()
         if self.problem.is_equilibrium:
             with torch.set_grad_enabled(self.differentiable):
                 gradient = self._stationarity(z)
                 value = z.new_full((self.count,), float("nan"))
-        else:
+        elif self.differentiable:
             # vmap sees the objective only; differentiating its sum from outside is exact, where
             # reverse-differentiating vmap(grad) is wrong for normalisation layers.
             with torch.enable_grad():
                 values = self._objective(z)
-                (gradient,) = torch.autograd.grad(values.sum(), z, create_graph=self.differentiable)
+                ones = torch.ones_like(values)
+                (gradient,) = torch.autograd.grad(values, z, ones, create_graph=True)
             value = values.detach()
+        else:
+            value, gradient = self._plain_gradient(z)
         if self._strength is not None:
             with torch.set_grad_enabled(self.differentiable):
                 offset = z - self._center
@@ -243,6 +271,15 @@ class FlatProblem:
             self.notes["first_residual"] = norm(gradient.detach())
         return value, gradient
 
+    def _plain_gradient(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The inner objective and its gradient, without the regularizer and without a graph."""
+        tree, leaves = self.cut(z)
+        with torch.enable_grad():
+            values = self.call("inner_objective", tree)
+            ones = torch.ones_like(values)
+            slopes = torch.autograd.grad(values, leaves, ones, materialize_grads=True)
+        return values.detach(), self.joined(slopes)
+
     def outer_value(self, z: Tensor) -> Tensor:
         """Outer objective f ``[tasks]``."""
         self.counts["values"] += self.count
@@ -250,12 +287,15 @@ class FlatProblem:
 
     def evaluate(self, z: Tensor) -> tuple[Tensor, dict[str, Tensor] | None]:
         """The outer objective ``[tasks]``; and the metrics, where both come from one prediction."""
-        if not self.problem.shares_evaluation:
-            return self.outer_value(z), None
+        return self.evaluate_at(self.vector.unflatten(z.squeeze(0) if self.count == 1 else z))
+
+    def evaluate_at(self, inner: PyTree) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """`evaluate` at leaves of the inner variable."""
         self.counts["values"] += self.count
-        value, metrics = self._call(
-            "evaluate", z, self.tasks.outer_batch, known_as="outer_objective"
-        )
+        batch = self.tasks.outer_batch
+        if not self.problem.shares_evaluation:
+            return self.call("outer_objective", inner, batch), None
+        value, metrics = self.call("evaluate", inner, batch, known_as="outer_objective")
         return value, {name: one.detach() for name, one in metrics.items()}
 
     def prediction(self, z: Tensor) -> PyTree:
@@ -273,6 +313,37 @@ class FlatProblem:
         )
         assert isinstance(value, Tensor)
         return value
+
+    # The inner variable as leaves, one task alone without a dimension of tasks
+
+    def cut(self, z: Tensor) -> tuple[PyTree, list[Tensor]]:
+        """The inner variable and its leaves, which require grad and share memory with z.
+
+        They are cut out of z beforehand, so that autograd does not see the cutting.
+        """
+        leaves = [leaf.requires_grad_() for leaf in self.parts(z.detach())]
+        return self.vector.tree(leaves), leaves
+
+    def parts(self, v: Tensor) -> list[Tensor]:
+        """A vector ``[tasks, n]`` without graph, in the shape of those leaves."""
+        return self.vector.views(v.squeeze(0) if self.count == 1 else v)
+
+    def joined(self, parts: Sequence[Tensor]) -> Tensor:
+        """The vector ``[tasks, n]`` of which these are the parts."""
+        rows = [part.reshape(self.count, -1) for part in parts]
+        return rows[0] if len(rows) == 1 else torch.cat(rows, -1)
+
+    def call(
+        self, name: str, inner: PyTree, batch: PyTree = INNER, known_as: str | None = None
+    ) -> Any:
+        """One of the problem's functions at such leaves, for all tasks."""
+        return self.stacking(
+            getattr(self.problem, name),
+            (inner, self.outer.tree, self.batch if batch is INNER else batch),
+            (self.count > 1, self.outer.per_task, True),
+            self.count,
+            known_as or name,
+        )
 
     @property
     def strength(self) -> Tensor | None:

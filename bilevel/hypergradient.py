@@ -22,7 +22,8 @@ from .probe import probe
 from .problem import BilevelProblem
 from .pytree import PyTree, tree_map, tree_unflatten
 from .result import Diagnostics, Hypergradient, SolveReport, State
-from .status import Status, describe_status, members
+from .rows import all_finite
+from .status import Status, describe_status, marked, members
 from .task import Task, TaskBatch, group_by_shape
 
 __all__ = ["hypergradient"]
@@ -262,7 +263,7 @@ def _group_hypergradient(
             )
     if start.inner is not None:
         # A task that failed leaves no point to start from; begin it anew.
-        finite = start.inner.isfinite().all(-1, keepdim=True)
+        finite = all_finite(start.inner).unsqueeze(-1)
         start = replace(start, inner=torch.where(finite, start.inner, flat.start))
     if per_task:
         flat = flat.expanded()
@@ -318,15 +319,19 @@ def _with_gradient_status(estimate: Estimate, per_task: bool) -> Tensor:
         return status
     for leaf in estimate.gradient:
         if leaf is not None:
-            finite = leaf.reshape(leaf.shape[0], -1).isfinite().all(-1).to(status.device)
-            status = torch.where(finite, status, int(Status.NON_FINITE)).to(torch.int8)
+            finite = all_finite(leaf.reshape(leaf.shape[0], -1)).to(status.device)
+            status = marked(status, ~finite, Status.NON_FINITE)
     return status
 
 
 def _all_usable(status: Tensor, gradient: Sequence[Tensor | None]) -> bool:
     """Whether every task is usable and the gradient finite; the device is asked once."""
     flags = [(status < Status.DIVERGED).all()]
-    flags += [leaf.isfinite().all().to(status.device) for leaf in gradient if leaf is not None]
+    places: dict[torch.device, list[Tensor]] = {}
+    for leaf in gradient:
+        if leaf is not None:
+            places.setdefault(leaf.device, []).append(leaf.reshape(-1))
+    flags += [all_finite(torch.cat(leaves)).to(status.device) for leaves in places.values()]
     return bool(torch.stack(flags).all())
 
 
@@ -341,9 +346,11 @@ def _assemble(
     reduction: str,
 ) -> Hypergradient:
     parts = [part for stack in stacks for part in stack]
-    order = torch.tensor([p for one in parts for p in one.positions]).argsort()
+    order = None if len(parts) == 1 else _order(parts)
 
     def in_order(tensors: Sequence[Tensor]) -> Tensor:
+        if order is None:
+            return tensors[0].detach()
         return torch.cat([tensor.detach() for tensor in tensors])[order.to(tensors[0].device)]
 
     status, inner_status, linear_status = _statuses(parts, order)
@@ -395,6 +402,11 @@ def _assemble(
         ),
         _spec=outer.spec,
     )
+
+
+def _order(parts: list[_Part]) -> Tensor:
+    """Where each task of the user's lies among the parts' tasks."""
+    return torch.tensor([p for one in parts for p in one.positions]).argsort()
 
 
 def _mean(outer: Outer, parts: list[_Part]) -> list[Tensor]:
@@ -505,14 +517,17 @@ def _warn_if_far(result: Hypergradient) -> None:
         )
 
 
-def _statuses(parts: list[_Part], order: Tensor) -> list[tuple[Status, ...]]:
+def _statuses(parts: list[_Part], order: Tensor | None) -> list[tuple[Status, ...]]:
     """Of the tasks, of their inner and of their adjoint solves; the device is asked once."""
     codes = []
     for part in parts:
         linear = part.estimate.linear
         solves = [part.estimate.inner.status, part.status if linear is None else linear.status]
         codes.append(torch.stack([part.status, *(one.to(part.status.device) for one in solves)]))
-    rows = torch.cat(codes, 1)[:, order.to(codes[0].device)].tolist()
+    if order is None:
+        rows = codes[0].tolist()
+    else:
+        rows = torch.cat(codes, 1)[:, order.to(codes[0].device)].tolist()
     return [tuple(Status(code) for code in row) for row in rows]
 
 

@@ -14,8 +14,8 @@ from .errors import NotDifferentiableError, StructureError
 from .flat import FlatProblem
 from .operator import SecantPairs
 from .pytree import PyTree, tree_map
-from .rows import choose, norm
-from .status import Status, residual_status
+from .rows import all_finite, choose, norm
+from .status import Status, marked, residual_status
 
 __all__ = ["InnerReport", "InnerSolver"]
 
@@ -89,8 +89,7 @@ class InnerSolver(ABC):
 
     def _residual(self, flat: FlatProblem, z: Tensor, state: PyTree) -> Tensor:
         """‖∂_z G‖ ``[tasks]`` for the stopping test; override where the state knows it."""
-        plain = flat.with_outer(flat.outer.detached(), differentiable=False)
-        return norm(plain.gradient(z.detach()))
+        return norm(flat.plain().gradient(z.detach()))
 
     # The loop, used by every hypergradient method
 
@@ -137,22 +136,20 @@ class InnerSolver(ABC):
 
     def solve(self, flat: FlatProblem, z: Tensor | None = None) -> Carry:
         """All steps, without any graph."""
-        flat = flat.with_outer(flat.outer.detached(), differentiable=False)
+        flat = flat.plain()
         with torch.no_grad():
             carry = self.begin(flat, flat.start if z is None else z)
             return self.advance(flat, carry, 0, self.max_steps)
 
     def report(self, carry: Carry, residual: Tensor, first_residual: Tensor | None) -> InnerReport:
         """Judge the returned point by its residual."""
-        target = torch.full_like(residual, 0.0 if self.tol is None else self.tol)
-        status = residual_status(residual, target, asked=self.tol is not None)
+        status = residual_status(residual, self.tol or 0.0, asked=self.tol is not None)
         if first_residual is not None:
             floor = torch.finfo(carry.z.dtype).eps ** 0.5 * (1.0 + norm(carry.z.detach()))
             grew = residual > DIVERGED_FACTOR * first_residual + floor
             grew = grew & (status != Status.CONVERGED) & (status != Status.NON_FINITE)
-            status = torch.where(grew, int(Status.DIVERGED), status).to(torch.int8)
-        finite = carry.z.detach().isfinite().all(-1)
-        status = torch.where(finite, status, int(Status.NON_FINITE)).to(torch.int8)
+            status = marked(status, grew, Status.DIVERGED)
+        status = marked(status, ~all_finite(carry.z.detach()), Status.NON_FINITE)
         return InnerReport(status, residual, carry.steps)
 
     def toward(self, tol: float | None) -> InnerSolver:
@@ -193,5 +190,5 @@ def detached(carry: Carry) -> Carry:
 
 def given_solution(z: Tensor, residual: Tensor) -> InnerReport:
     """The report on a solution that the user passed in: no solver ran, nothing was asked."""
-    status = residual_status(residual, torch.zeros_like(residual), asked=False)
+    status = residual_status(residual, 0.0, asked=False)
     return InnerReport(status, residual, torch.zeros(len(z), dtype=torch.int64, device=z.device))

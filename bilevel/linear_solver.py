@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar, TypeVar
 
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from .operator import MatVec, Operator, SecantPairs
 from .problem import Structure
-from .rows import column, norm
-from .status import Status
+from .rows import all_between, all_finite, column, norm
+from .status import Status, marked
 
 __all__ = ["LinearSolution", "LinearSolver"]
 
@@ -85,26 +86,29 @@ class LinearSolver(ABC):
                 f"`start` is {start.dtype} {tuple(start.shape)} but `rhs` is {rhs.dtype} "
                 f"{tuple(rhs.shape)}; pass the solution of a system of the same size"
             )
-        largest = rhs.abs().amax(-1, keepdim=True)
-        finite = largest.squeeze(-1).isfinite()
-        regular = (largest > 0) & largest.isfinite()
-        # Two scales, largest entry and norm: their product may leave the range of the dtype.
-        largest = torch.where(regular, largest, 1.0)
-        unit = torch.where(regular, rhs / largest, 0.0)
-        length = column(torch.where(regular.squeeze(-1), norm(unit), 1.0), rhs)
-        if start is not None:
-            start = torch.where(regular & start.isfinite(), start / largest / length, 0.0)
-        found = self._solve(Operator.of(matvec), unit / length, start)
-        value = found.value * length * largest
+        size = norm(rhs)
+        least, most = torch.finfo(rhs.dtype).tiny ** 0.5, torch.finfo(rhs.dtype).max ** 0.5
+        plain = all_between(least, size, most)
+        scales = [column(size, rhs)] if plain else _scales(rhs, (least < size) & (size < most))
+        unit = _divided(rhs, scales)
+        if not plain or start is not None:
+            regular = (all_finite(rhs) & (size > 0)).unsqueeze(-1)
+            unit = torch.where(regular, unit, 0.0)
+            if start is not None:
+                start = torch.where(regular & start.isfinite(), _divided(start, scales), 0.0)
+        found = self._solve(Operator.of(matvec), unit, start)
+        value = found.value
+        for scale in reversed(scales):
+            value = value * scale
+        long = norm(value)
+        if plain and all_between(least, long, most):
+            return replace(found, value=value)
         # Below the normal numbers a value has lost its digits; ∂_x F may be large enough to matter.
         tiny = torch.finfo(value.dtype).tiny
-        lost = (norm(found.value) > 0) & (norm(value) < tiny) & (norm(rhs) >= tiny)
-        bad = ~finite | ~value.isfinite().all(-1) | lost
-        status = torch.where(
-            bad & (found.status < Status.DIVERGED), Status.NON_FINITE, found.status
-        )
-        status = torch.where(finite, status, int(Status.NON_FINITE))
-        return replace(found, value=value, status=status.to(torch.int8))
+        lost = (long < tiny) & (size >= tiny) & (norm(found.value) > 0)
+        bad = (lost | ~all_finite(value)) & (found.status < Status.DIVERGED)
+        status = marked(found.status, bad | ~all_finite(rhs), Status.NON_FINITE)
+        return replace(found, value=value, status=status)
 
     def toward(self, rtol: float, most: int) -> LinearSolver:
         """The same solver asked for a relative residual, whatever its own budget.
@@ -118,6 +122,25 @@ class LinearSolver(ABC):
     @abstractmethod
     def _solve(self, operator: Operator, rhs: Tensor, start: Tensor | None) -> LinearSolution:
         """Solve for right-hand sides of norm 1 or 0; zero ones return zero, CONVERGED."""
+
+
+def _scales(rhs: Tensor, ordinary: Tensor) -> list[Tensor]:
+    """What makes rows of norm 1: largest entry, and norm after that; of ordinary rows the norm.
+
+    The product of the two may leave the range of the dtype.
+    """
+    largest = rhs.abs().amax(-1, keepdim=True)
+    out_of_range = (largest > 0) & largest.isfinite() & ~ordinary.unsqueeze(-1)
+    largest = torch.where(out_of_range, largest, 1.0)
+    length = norm(rhs / largest)
+    length = torch.where((length > 0) & length.isfinite(), length, 1.0)
+    return [largest, column(length, rhs)]
+
+
+def _divided(rows: Tensor, scales: Sequence[Tensor]) -> Tensor:
+    for scale in scales:
+        rows = rows / scale
+    return rows
 
 
 def relative_residual(operator: Operator, rhs: Tensor, value: Tensor) -> Tensor:

@@ -23,8 +23,9 @@ from .operator import Operator
 from .problem import Structure
 from .rows import column, full_precision
 from .stacking import randomness_message
+from .stationarity import StationarityGraph
 
-__all__ = ["LinearisedSystem", "linearise"]
+__all__ = ["LinearisedSystem", "linearise", "outer_at"]
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,8 @@ class LinearisedSystem:
 
     Attributes:
         flat: The problem, its outer leaves requiring grad.
-        z: The point, ``[tasks, n]``.
-        stationarity: F at the point, with its graph.
-        inner_value: G ``[tasks]``, detached.
+        z: The point, ``[tasks, n]``, detached.
+        graph: The graph of F at the point.
         outer_value: f ``[tasks]``, with its graph where it depends on the outer leaves directly.
         rhs: ∂_z f ``[tasks, n]``, the right-hand side of the adjoint system.
         metrics: The problem's metrics at the point, where they came with f; None: not yet known.
@@ -43,8 +43,7 @@ class LinearisedSystem:
 
     flat: FlatProblem
     z: Tensor
-    stationarity: Tensor
-    inner_value: Tensor
+    graph: StationarityGraph
     outer_value: Tensor
     rhs: Tensor
     metrics: dict[str, Tensor] | None = None
@@ -57,47 +56,29 @@ class LinearisedSystem:
         positive = gauss_newton(self.flat, self.z) if symmetric else None
         return Operator(pull, pull if symmetric else self.push, positive)
 
+    @property
+    def stationarity(self) -> Tensor:
+        """F ``[tasks, n]``, detached."""
+        return self.graph.value
+
+    @property
+    def inner_value(self) -> Tensor:
+        """G ``[tasks]``, detached."""
+        return self.graph.inner_value
+
     def pull(self, v: Tensor) -> Tensor:
         """(∂_z F)ᵀ v, ``[tasks, n]``: for an inner objective, the product with its Hessian."""
         self.flat.counts["products"] += self.flat.count
-        if not self.stationarity.requires_grad:
-            return torch.zeros_like(v)
-        with full_precision(v.device):
-            (product,) = torch.autograd.grad(
-                self.stationarity, self.z, v, retain_graph=True, allow_unused=True
-            )
-        return torch.zeros_like(v) if product is None else product
+        return self.graph.pull(v)
 
     def push(self, v: Tensor) -> Tensor:
         """∂_z F v, ``[tasks, n]``; two pulls, of which the first keeps its graph."""
         self.flat.counts["products"] += 2 * self.flat.count
-        if not self.stationarity.requires_grad:
-            return torch.zeros_like(v)
-        dummy = torch.zeros_like(v, requires_grad=True)
-        with torch.enable_grad(), full_precision(v.device):
-            # Linear in the dummy, so that its derivative in it is the transposed product.
-            (transposed,) = torch.autograd.grad(
-                self.stationarity, self.z, dummy, create_graph=True, materialize_grads=True
-            )
-            if not transposed.requires_grad:
-                return torch.zeros_like(v)
-            (product,) = torch.autograd.grad(transposed, dummy, v, materialize_grads=True)
-        return product
+        return self.graph.push(v)
 
     def cross(self, v: Tensor) -> list[Tensor | None]:
         """(∂_x F)ᵀ v, one tensor for each outer leaf, None where F does not depend on it."""
-        if not self.stationarity.requires_grad:
-            return [None] * len(self.flat.outer.leaves)
-        with full_precision(v.device):
-            return list(
-                torch.autograd.grad(
-                    self.stationarity,
-                    self.flat.outer.leaves,
-                    v,
-                    retain_graph=True,
-                    allow_unused=True,
-                )
-            )
+        return self.graph.cross(v)
 
     def direct(self, weights: Tensor) -> list[Tensor | None]:
         """Σ weightsᵢ ∂_x fᵢ, one tensor for each outer leaf."""
@@ -117,26 +98,27 @@ class LinearisedSystem:
 def linearise(flat: FlatProblem, z: Tensor) -> LinearisedSystem:
     """Evaluate both objectives at ``z`` and keep the graph of the stationarity."""
     flat = flat.with_outer(flat.outer.differentiable(), differentiable=True)
-    z = z.detach().requires_grad_()
+    z = z.detach()
+    before = torch.get_rng_state()
+    outer_value, metrics, rhs = outer_at(flat, z)
+    if not before.equal(torch.get_rng_state()):
+        raise RandomnessError(randomness_message("outer_objective"))
+    if not reaches(outer_value, flat.outer.leaves):
+        # Its graph has done its work: do not hold it beside that of the stationarity.
+        outer_value = outer_value.detach()
+    return LinearisedSystem(flat, z, StationarityGraph.at(flat, z), outer_value, rhs, metrics)
+
+
+def outer_at(flat: FlatProblem, z: Tensor) -> tuple[Tensor, dict[str, Tensor] | None, Tensor]:
+    """Return f ``[tasks]`` with its graph, metrics that came with it, and ∂_z f ``[tasks, n]``."""
     with torch.enable_grad(), full_precision(z.device):
-        before = torch.get_rng_state()
-        outer_value, metrics = flat.evaluate(z)
-        if not before.equal(torch.get_rng_state()):
-            raise RandomnessError(randomness_message("outer_objective"))
-        rhs = gradient_of_outer(outer_value, z)
-        if not reaches(outer_value, flat.outer.leaves):
-            # Its graph has done its work: do not hold it beside that of the stationarity.
-            outer_value = outer_value.detach()
-        inner_value, stationarity = flat.value_and_gradient(z)
-    return LinearisedSystem(flat, z, stationarity, inner_value, outer_value, rhs, metrics)
-
-
-def gradient_of_outer(outer_value: Tensor, z: Tensor) -> Tensor:
-    """∂_z f ``[tasks, n]``; zero where f does not depend on z."""
-    if not outer_value.requires_grad:
-        return torch.zeros_like(z)
-    (rhs,) = torch.autograd.grad(outer_value.sum(), z, retain_graph=True, allow_unused=True)
-    return torch.zeros_like(z) if rhs is None else rhs
+        inner, leaves = flat.cut(z)
+        value, metrics = flat.evaluate_at(inner)
+        if not value.requires_grad:
+            return value, metrics, torch.zeros_like(z)
+        ones = torch.ones_like(value)
+        slopes = torch.autograd.grad(value, leaves, ones, retain_graph=True, materialize_grads=True)
+    return value, metrics, flat.joined(slopes)
 
 
 def weighted(v: Tensor, weights: Tensor) -> Tensor:

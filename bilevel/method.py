@@ -20,7 +20,7 @@ from .minimum import check_symmetry, distance, flag_bent, flag_curvature
 from .operator import Operator, SecantPairs
 from .point import ErrorEstimate, Point, corrected, estimate_error
 from .problem import Structure
-from .status import Status, residual_status, worst
+from .status import Status, marked, residual_status, worst
 
 __all__ = ["Estimate", "HypergradientMethod", "ImplicitMethod", "Start"]
 
@@ -101,7 +101,7 @@ class Estimate:
         finite = self.outer_value.isfinite()
         if self.has_inner_value:
             finite = finite & self.inner_value.isfinite()
-        return torch.where(finite, status, int(Status.NON_FINITE)).to(torch.int8)
+        return marked(status, ~finite, Status.NON_FINITE)
 
 
 class HypergradientMethod(ABC):
@@ -214,9 +214,7 @@ class ImplicitMethod(HypergradientMethod):
             return found
         # Damping makes another system: a solution of it need not be one of ours.
         residual = relative_residual(operator, rhs, found.value)
-        judged = residual_status(
-            residual, torch.full_like(residual, solver.rtol), asked=solver.rtol > 0
-        )
+        judged = residual_status(residual, solver.rtol, asked=solver.rtol > 0)
         judged = torch.where(found.status >= Status.INDEFINITE, found.status, judged)
         # The next outer step adds the damping again.
         pairs = None if found.pairs is None else found.pairs.damped(-self.damping)

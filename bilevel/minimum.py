@@ -17,7 +17,7 @@ from .linearised import LinearisedSystem
 from .operator import Operator, signs
 from .rows import column, dot, norm
 from .spectrum import extreme_eigenvalues
-from .status import Status
+from .status import Status, marked
 
 __all__ = ["bent", "check_symmetry", "distance", "flag_bent", "flag_curvature"]
 
@@ -84,5 +84,4 @@ def distance(z: Tensor, residual: Tensor, adjoint: LinearSolution, start: Tensor
 
 def _indefinite(found: LinearSolution, negative: Tensor) -> LinearSolution:
     worse = negative & (found.status < Status.INDEFINITE)
-    status = torch.where(worse, int(Status.INDEFINITE), found.status)
-    return replace(found, status=status.to(torch.int8))
+    return replace(found, status=marked(found.status, worse, Status.INDEFINITE))

@@ -5,9 +5,11 @@ The only module that touches PyTorch's own pytree functions.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from functools import cached_property
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,14 +23,21 @@ PyTree: TypeAlias = Any
 
 TreeSpec: TypeAlias = Any
 
+_LEAF: TreeSpec = _torch_pytree.tree_flatten(0)[1]
+
 
 def tree_flatten(tree: PyTree) -> tuple[list[Any], TreeSpec]:
     """Return the leaves of ``tree`` in a fixed order, and its structure."""
+    if isinstance(tree, Tensor):
+        return [tree], _LEAF
     return _torch_pytree.tree_flatten(tree)
 
 
 def tree_unflatten(leaves: Sequence[Any], spec: TreeSpec) -> PyTree:
     """Rebuild the tree of structure ``spec`` from its leaves."""
+    if spec is _LEAF:
+        (leaf,) = leaves
+        return leaf
     return _torch_pytree.tree_unflatten(list(leaves), spec)
 
 
@@ -78,14 +87,19 @@ def broadcast_prefix(prefix: PyTree, tree: PyTree, what: str) -> list[Any]:
 
 @dataclass(frozen=True)
 class VectorSpec:
-    """How a pytree of floating tensors is laid out in one vector of length ``n``."""
+    """How a pytree of floating tensors is laid out in one vector of length ``n``.
+
+    ``keys`` are those of a dict of tensors, which parameters of a network are: it is rebuilt faster
+    than a tree.
+    """
 
     spec: TreeSpec
-    names: tuple[str, ...]
     shapes: tuple[torch.Size, ...]
     sizes: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    root: str = "inner"
+    keys: tuple[Any, ...] | None = None
 
     @classmethod
     def of(cls, tree: PyTree, root: str = "inner") -> VectorSpec:
@@ -95,28 +109,34 @@ class VectorSpec:
             ValueError: A leaf is no floating tensor, or leaves differ in dtype or device.
         """
         leaves, spec = tree_flatten(tree)
-        names = leaf_names(tree, root)
         if not leaves:
             raise ValueError(f"`{root}` holds no tensor; return at least one floating leaf")
         if all(isinstance(leaf, Tensor) and leaf.numel() == 0 for leaf in leaves):
             raise ValueError(f"`{root}` holds no number; return at least one non-empty leaf")
-        for name, leaf in zip(names, leaves, strict=True):
-            check_floating(leaf, name)
+        check_floating(leaves, tree, root)
+        for i, leaf in enumerate(leaves):
             for attribute in ("dtype", "device"):
                 first, other = getattr(leaves[0], attribute), getattr(leaf, attribute)
                 if first != other:
+                    names = leaf_names(tree, root)
                     raise ValueError(
-                        f"`{name}` has {attribute} {other} but `{names[0]}` has {first}; "
+                        f"`{names[i]}` has {attribute} {other} but `{names[0]}` has {first}; "
                         f"the inner variable has one {attribute}: convert with `.to({first!r})`"
                     )
         return cls(
             spec,
-            tuple(names),
             tuple(leaf.shape for leaf in leaves),
             tuple(leaf.numel() for leaf in leaves),
             leaves[0].dtype,
             leaves[0].device,
+            root,
+            tuple(tree) if _is_flat(tree) else None,
         )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the leaves."""
+        return tuple(leaf_names(tree_unflatten(range(len(self.sizes)), self.spec), self.root))
 
     @property
     def n(self) -> int:
@@ -127,28 +147,75 @@ class VectorSpec:
         """The tree with its dicts in the order of this layout."""
         return matched(tree, tree_unflatten(range(len(self.sizes)), self.spec))
 
+    def fits(self, leaves: Sequence[Any]) -> bool:
+        """Whether leaves, in this order, are laid out like this."""
+        return all(
+            isinstance(leaf, Tensor)
+            and leaf.shape == shape
+            and leaf.dtype == self.dtype
+            and leaf.device == self.device
+            for leaf, shape in zip(leaves, self.shapes, strict=True)
+        )
+
     def flatten(self, tree: PyTree, batch_dims: int = 0) -> Tensor:
         """Concatenate the leaves of ``tree``, keeping ``batch_dims`` leading dimensions."""
-        leaves = tree_leaves(self.matched(tree))
+        return self.joined(tree_leaves(self.matched(tree)), batch_dims)
+
+    def joined(self, leaves: Sequence[Tensor], batch_dims: int = 0) -> Tensor:
+        """Concatenate leaves that are in order."""
         parts = [leaf.reshape((*leaf.shape[:batch_dims], -1)) for leaf in leaves]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
-    def unflatten(self, vector: Tensor) -> PyTree:
+    def parts(self, vector: Tensor) -> list[Tensor]:
         """Cut ``[..., n]`` into the tree's leaves, leading dimensions kept."""
         lead = vector.shape[:-1]
         if len(self.sizes) == 1:
-            return tree_unflatten([vector.reshape((*lead, *self.shapes[0]))], self.spec)
-        parts = torch.split(vector, list(self.sizes), dim=-1)
-        leaves = [p.reshape((*lead, *s)) for p, s in zip(parts, self.shapes, strict=True)]
+            return [vector.reshape((*lead, *self.shapes[0]))]
+        parts = vector.split(self.sizes, -1)
+        shapes = [(*lead, *shape) for shape in self.shapes] if lead else self.shapes
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    def views(self, vector: Tensor) -> list[Tensor]:
+        """`parts` of a vector without a graph, in half the time."""
+        vector = vector.contiguous()
+        lead, strides = vector.shape[:-1], vector.stride()[:-1]
+        first = vector.storage_offset()
+        return [
+            vector.as_strided((*lead, *shape), (*strides, *stride), first + offset)
+            for shape, stride, offset in self._places
+        ]
+
+    @cached_property
+    def _places(self) -> list[tuple[torch.Size, tuple[int, ...], int]]:
+        """Shape, strides and offset of each leaf."""
+        offsets = itertools.accumulate(self.sizes, initial=0)
+        strides = (torch.empty(shape, device="meta").stride() for shape in self.shapes)
+        return list(zip(self.shapes, strides, offsets, strict=False))
+
+    def tree(self, leaves: Sequence[Tensor]) -> PyTree:
+        """The tree with these leaves."""
+        if self.keys is not None:
+            return dict(zip(self.keys, leaves, strict=True))
         return tree_unflatten(leaves, self.spec)
 
+    def unflatten(self, vector: Tensor) -> PyTree:
+        """The tree whose leaves are `parts`."""
+        return self.tree(self.parts(vector))
 
-def check_floating(leaf: Any, name: str) -> None:
-    """Raise unless ``leaf`` is a real floating tensor.
+
+def check_floating(leaves: Sequence[Any], tree: PyTree, root: str) -> None:
+    """Raise unless the leaves of a tree are real floating tensors.
 
     Raises:
-        ValueError: It is not; the message names the leaf.
+        ValueError: One is not; the message names it.
     """
+    for i, leaf in enumerate(leaves):
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            # Names cost more than all else here: they are made for the message only.
+            _refuse_leaf(leaf, leaf_names(tree, root)[i])
+
+
+def _refuse_leaf(leaf: Any, name: str) -> NoReturn:
     if not isinstance(leaf, Tensor):
         raise ValueError(
             f"`{name}` is a {type(leaf).__name__}; pass a floating tensor, "
@@ -156,11 +223,14 @@ def check_floating(leaf: Any, name: str) -> None:
             if isinstance(leaf, int | float)
             else f"`{name}` is a {type(leaf).__name__}; pass a floating tensor"
         )
-    if not leaf.is_floating_point():
-        raise ValueError(
-            f"`{name}` is {leaf.dtype}; only floating tensors have gradients: "
-            f"pass it in the batch, or convert it with `.float()`"
-        )
+    raise ValueError(
+        f"`{name}` is {leaf.dtype}; only floating tensors have gradients: "
+        f"pass it in the batch, or convert it with `.float()`"
+    )
+
+
+def _is_flat(tree: PyTree) -> bool:
+    return type(tree) is dict and all(isinstance(leaf, Tensor) for leaf in tree.values())
 
 
 def matched(tree: PyTree, template: PyTree) -> PyTree:

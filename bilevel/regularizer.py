@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import ObjectiveError
-from .pytree import PyTree, VectorSpec, broadcast_prefix, leaf_names, tree_leaves
+from .pytree import PyTree, VectorSpec, broadcast_prefix, leaf_names, tree_flatten, tree_leaves
 
 __all__ = ["Proximal"]
 
@@ -60,7 +60,11 @@ class Proximal:
             ObjectiveError: The center has another structure, shape, dtype or device than the
                 inner variable.
         """
-        tree = vector.matched(self.center_tree(outer))
+        tree = self.center_tree(outer)
+        leaves, spec = tree_flatten(tree)
+        if spec == vector.spec and vector.fits(leaves):
+            return vector.joined(leaves)
+        tree = vector.matched(tree)
         try:
             other = VectorSpec.of(tree, "center")
         except ValueError as error:

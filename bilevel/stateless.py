@@ -47,12 +47,19 @@ def stateless(module: nn.Module) -> tuple[dict[str, Tensor], Callable[..., Any]]
     buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
     # A copy: what the caller does to the module later must not reach the function.
     frozen = copy.deepcopy(module).requires_grad_(False)
+    tied = _count(module, remove_duplicate=True) < _count(module, remove_duplicate=False)
 
     def net(params: dict[str, Tensor], /, *args: Any, **kwargs: Any) -> Any:
         state = {**_like(buffers, params), **params} if buffers else params
-        return torch.func.functional_call(frozen, state, args, kwargs)
+        # Looking for tied weights at each call costs more than a small layer.
+        return torch.func.functional_call(frozen, state, args, kwargs, tie_weights=tied)
 
     return params, net
+
+
+def _count(module: nn.Module, *, remove_duplicate: bool) -> int:
+    kinds = (module.named_parameters, module.named_buffers)
+    return sum(1 for kind in kinds for _ in kind(remove_duplicate=remove_duplicate))
 
 
 def _check_layer(layer: nn.Module, name: str) -> None:

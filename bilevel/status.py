@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from enum import IntEnum
 from functools import reduce
 
 import torch
 from torch import Tensor
+
+from .rows import check_interval
 
 __all__ = ["Status"]
 
@@ -76,11 +79,26 @@ def members(codes: Tensor) -> tuple[Status, ...]:
     return tuple(Status(code) for code in codes.tolist())
 
 
-def residual_status(residual: Tensor, target: Tensor, *, asked: bool) -> Tensor:
+def residual_status(residual: Tensor, target: float, *, asked: bool) -> Tensor:
     """CONVERGED within the target; else BUDGET, or MAX_STEPS where a target was asked for."""
     other = Status.MAX_STEPS if asked else Status.BUDGET
-    codes = torch.where(residual <= target, int(Status.CONVERGED), int(other)).to(torch.int8)
-    return torch.where(residual.isfinite(), codes, int(Status.NON_FINITE)).to(torch.int8)
+    if check_interval(residual.device) == 1:
+        # One look at the numbers costs less than operations on tensors so small.
+        judged = [
+            (Status.CONVERGED if one <= target else other)
+            if math.isfinite(one)
+            else Status.NON_FINITE
+            for one in residual.tolist()
+        ]
+        return torch.tensor(judged, dtype=torch.int8, device=residual.device)
+    codes = torch.full_like(residual, int(other), dtype=torch.int8)
+    codes = marked(codes, residual <= target, Status.CONVERGED)
+    return marked(codes, ~residual.isfinite(), Status.NON_FINITE)
+
+
+def marked(codes: Tensor, where: Tensor, status: Status) -> Tensor:
+    """The codes, with another one for some tasks."""
+    return codes.masked_fill(where, int(status))
 
 
 def describe_status(status: Sequence[Status]) -> str:

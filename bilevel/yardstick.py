@@ -12,7 +12,7 @@ from .linear_solver import LinearSolution, LinearSolver, relative_residual
 from .method import ImplicitMethod
 from .operator import Operator
 from .rows import column, dot
-from .status import Status, residual_status
+from .status import Status, marked, residual_status
 
 __all__ = ["PlainCG", "Yardstick"]
 
@@ -50,8 +50,8 @@ class PlainCG(LinearSolver):
         value = v.to(rhs.dtype)
         residual = relative_residual(operator, rhs, value)
         limit = max(self.rtol, 100 * torch.finfo(rhs.dtype).eps)
-        status = residual_status(residual, torch.full_like(residual, limit), asked=True)
-        status = torch.where(low <= 0, int(Status.INDEFINITE), status).to(torch.int8)
+        status = residual_status(residual, limit, asked=True)
+        status = marked(status, low <= 0, Status.INDEFINITE)
         nan = torch.full_like(rr, float("nan"))
         return LinearSolution(value, status, residual, steps, nan, nan)
 

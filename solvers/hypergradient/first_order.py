@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bilevel.flat import FlatProblem
 from bilevel.inner_solver import InnerSolver, given_solution
-from bilevel.linearised import gradient_of_outer, weighted
+from bilevel.linearised import outer_at, weighted
 from bilevel.method import Estimate, HypergradientMethod, Start
 from bilevel.point import add
 from bilevel.registry import METHODS
@@ -35,7 +35,7 @@ class FirstOrder(HypergradientMethod):
         self, flat: FlatProblem, inner_solver: InnerSolver | None, weights: Tensor, start: Start
     ) -> Estimate:
         carry = None if inner_solver is None else inner_solver.solve(flat, start.inner)
-        z = (flat.start if carry is None else carry.z).detach().requires_grad_()
+        z = (flat.start if carry is None else carry.z).detach()
         inner_value, gradient = flat.value_and_gradient(z)
         residual = norm(gradient)
         if carry is None or inner_solver is None:
@@ -44,9 +44,8 @@ class FirstOrder(HypergradientMethod):
             inner = inner_solver.report(carry, residual, flat.notes.get("first_residual"))
         graph = flat.with_outer(flat.outer.differentiable(), differentiable=True)
         leaves = graph.outer.leaves
+        outer_value, metrics, rhs = outer_at(graph, z)
         with torch.enable_grad():
-            outer_value, metrics = graph.evaluate(z)
-            rhs = gradient_of_outer(outer_value, z)
             # The start as the problem states it, even where the user gave another point.
             stated = replace(graph, start_is_constant=not graph.problem.has_start)
             first = stated.initial()
@@ -60,7 +59,7 @@ class FirstOrder(HypergradientMethod):
             )
         return Estimate(
             add(direct, through),
-            z.detach(),
+            z,
             inner_value,
             outer_value.detach(),
             inner,

@@ -28,7 +28,7 @@ from bilevel.method import Estimate, HypergradientMethod, Start
 from bilevel.pytree import tree_flatten, tree_unflatten
 from bilevel.registry import METHODS
 from bilevel.rows import norm
-from bilevel.status import Status
+from bilevel.status import Status, marked
 
 __all__ = ["Unrolled"]
 
@@ -91,7 +91,7 @@ class Unrolled(HypergradientMethod):
             left = _left(at_entry, at_end, left)
         # A tolerance asks for the solution's derivative, which has forgotten where steps began.
         unforgotten = (inner.status == Status.CONVERGED) & (left > _FORGOTTEN)
-        status = torch.where(unforgotten, int(Status.MAX_STEPS), inner.status).to(torch.int8)
+        status = marked(inner.status, unforgotten, Status.MAX_STEPS)
         inner = replace(inner, status=status)
         return Estimate(
             tuple(gradients),

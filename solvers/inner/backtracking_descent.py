@@ -20,7 +20,7 @@ from bilevel.flat import FlatProblem
 from bilevel.inner_solver import InnerSolver, check_rate
 from bilevel.pytree import PyTree
 from bilevel.registry import INNER_SOLVERS
-from bilevel.rows import choose, column, dot, norm
+from bilevel.rows import all_finite, choose, column, dot, norm
 
 __all__ = ["BacktrackingDescent"]
 
@@ -65,12 +65,12 @@ class BacktrackingDescent(InnerSolver):
 
     def _step(self, flat: FlatProblem, z: Tensor, state: PyTree) -> tuple[Tensor, PyTree]:
         start, slope, lr = state["value"], state["gradient"], state["lr"]
-        trial = z - column(lr, z) * slope
+        trial = torch.addcmul(z, column(lr, z), slope, value=-1)
         value, gradient = flat.value_and_gradient(trial)
         value = value.double()
         decrease = _ARMIJO * lr * dot(slope, slope)
         noise = _ROUNDING * torch.finfo(z.dtype).eps * start.abs()
-        taken = (value <= start - decrease + noise) & gradient.isfinite().all(-1)
+        taken = (value <= start - decrease + noise) & all_finite(gradient)
         return choose(taken, trial, z), {
             "value": torch.where(taken, value, start),
             "gradient": choose(taken, gradient, slope),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bilevel.flat import FlatProblem
-from bilevel.rows import column, dot
+from bilevel.rows import all_finite, column, dot
 
 __all__ = ["backtrack"]
 
@@ -55,9 +55,7 @@ def backtrack(
         armijo = value <= start_value + _ARMIJO * length * slope
         flatter = dot(gradient, direction).abs() <= 0.9 * slope.abs()
         accept = (
-            ~done
-            & (armijo | (flatter & (value <= start_value + noise)))
-            & gradient.isfinite().all(-1)
+            ~done & (armijo | (flatter & (value <= start_value + noise))) & all_finite(gradient)
         )
         rows = accept.unsqueeze(-1)
         best_z = torch.where(rows, trial, best_z)

@@ -19,7 +19,7 @@ from bilevel.operator import MatVec, Operator
 from bilevel.preconditioner import Preconditioner
 from bilevel.problem import Structure
 from bilevel.registry import LINEAR_SOLVERS
-from bilevel.rows import choose, column, dot, norm
+from bilevel.rows import Choice, choose, column, dot, norm
 
 from .cycles import Progress, check_settings, prepare, solve_in_cycles
 
@@ -81,7 +81,7 @@ def _cycle(operator: Operator, precondition: MatVec, progress: Progress) -> None
         omega = torch.where(size > 0, dot(t, s) / size / size, 0.0)
         good = sound & progress.demand_finite(size)
         x = progress.x + column(alpha, v) * p_hat + column(omega, v) * s_hat
-        progress.step(good, x, s - column(omega, v) * t)
+        progress.step(Choice(good), x, s - column(omega, v) * t)
         better = good & (progress.rr < best)
         best = torch.where(better, progress.rr, best)
         best_x, best_r = choose(better, progress.x, best_x), choose(better, progress.r, best_r)

@@ -18,6 +18,7 @@ $\frac{\sqrt{\beta_k}}{\alpha_k}$.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, get_args
 
@@ -29,7 +30,7 @@ from bilevel.operator import MatVec, Operator
 from bilevel.preconditioner import Preconditioner
 from bilevel.problem import Structure
 from bilevel.registry import LINEAR_SOLVERS
-from bilevel.rows import choose, column, dot
+from bilevel.rows import Choice, all_between, column, dot
 
 from .curvature import Policy, repair
 from .cycles import Progress, check_settings, prepare, solve_in_cycles
@@ -134,29 +135,30 @@ def _cycle(
     """Iterate from the residual until no task is active."""
     z = p = progress.r if precondition is None else precondition(progress.r)
     rz = progress.rr if precondition is None else dot(progress.r, z)
-    # β / α of the step before; 0 before the first.
-    carried = torch.zeros_like(rz)
     for _ in progress.rounds():
         ap = operator(p)
         pap, pp = dot(p, ap), dot(p, p)
         progress.observe(pap / pp)
-        met = progress.demand_finite(pap)
-        progress.indefinite = progress.indefinite | (met & (pap <= 0))
-        good = met & (pap > 0) & (rz > 0)
-        alpha = torch.where(met, rz / pap, 0.0)
-        # `choose`, not a product with alpha = 0: a failed task's NaN would spread over its row.
+        met = progress.active
+        if progress.everyone and all_between(0.0, pap, math.inf) and all_between(0.0, rz, math.inf):
+            choose = Choice(met, everyone=True)
+        else:
+            choose = Choice(met & (pap > 0) & (pap < math.inf) & (rz > 0))
+            met = progress.demand_finite(pap)
+            progress.indefinite = progress.indefinite | (met & (pap <= 0))
+        alpha = rz / pap if choose.everyone else torch.where(met, rz / pap, 0.0)
+        # A choice, not a product with alpha = 0: a failed task's NaN would spread over its row.
         step = column(alpha, p)
         x = torch.addcmul(progress.x, step, p)
         r = torch.addcmul(progress.r, step, ap, value=-1)
-        progress.step(good, x, r)
+        progress.step(choose, x, r)
         z = progress.r if precondition is None else precondition(progress.r)
         new = progress.rr if precondition is None else dot(progress.r, z)
-        beta = torch.where(good, new / rz, 0.0)
+        beta = choose(new / rz, 0.0)
         if lanczos is not None:
             # The step that met negative curvature is recorded too: it has a negative Ritz value.
-            lanczos.add(met, 1 / alpha + carried, beta.sqrt() / alpha)
+            lanczos.add_coefficients(met, alpha, beta)
         if keeper is not None:
-            keeper.add(good, p, ap)
-        carried = beta / alpha
-        p = choose(good, torch.addcmul(z, column(beta, p), p), p)
-        rz = torch.where(good, new, rz)
+            keeper.add(choose.tasks, p, ap)
+        p = choose(torch.addcmul(z, column(beta, p), p), p)
+        rz = choose(new, rz)

@@ -12,7 +12,7 @@ from torch import Tensor
 from bilevel.errors import SolveError, StructureError
 from bilevel.linear_solver import LinearSolution, relative_residual
 from bilevel.operator import Operator
-from bilevel.rows import choose
+from bilevel.rows import all_finite, choose
 from bilevel.status import Status
 
 from .lanczos import smallest_ritz_value
@@ -69,7 +69,7 @@ def repair(
     else:
         other = minres(operator, b)
         value, steps = other.value, other.steps
-    usable = flagged & value.isfinite().all(-1)
+    usable = flagged & all_finite(value)
     value = choose(usable, value, found.value)
     residual = torch.where(usable, relative_residual(operator, rhs, value), found.residual)
     steps = found.steps + steps

@@ -6,8 +6,8 @@ does not hold, a new cycle begins from there. A solver writes the cycle alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,13 +15,12 @@ from torch import Tensor
 from bilevel.linear_solver import LinearSolution
 from bilevel.operator import MatVec, Operator
 from bilevel.preconditioner import Preconditioner
-from bilevel.rows import check_interval, choose, dot, norm
-from bilevel.status import Status, residual_status
+from bilevel.rows import Choice, all_between, check_interval, dot, norm
+from bilevel.status import Status, marked, residual_status
 
 __all__ = ["Progress", "check_settings", "prepare", "solve_in_cycles"]
 
 
-@dataclass
 class Progress:
     """Where each task stands.
 
@@ -32,40 +31,41 @@ class Progress:
         floor: Tolerance in ‖r‖.
         max_steps: The most steps of a task.
         steps: Steps taken.
-        active: Tasks that iterate.
         indefinite: Tasks stopped by negative curvature.
         broken: Tasks stopped by a value that is not finite.
         diverged: Tasks stopped because their residual grew.
-        curvature_min: Smallest Rayleigh quotient met; NaN if none was.
-        curvature_max: Largest one.
+        everyone: All tasks iterate, as far as is known; where asking is dear it is never known.
     """
 
-    x: Tensor
-    r: Tensor
-    rr: Tensor
-    floor: float
-    max_steps: int
-    steps: Tensor
-    active: Tensor
-    indefinite: Tensor
-    broken: Tensor
-    diverged: Tensor
-    curvature_min: Tensor
-    curvature_max: Tensor
+    def __init__(self, x: Tensor, r: Tensor, floor: float, max_steps: int) -> None:
+        self.x, self.r, self.rr = x, r, dot(r, r)
+        self.floor, self.max_steps = floor, max_steps
+        self.steps = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        no = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        self.indefinite = self.broken = self.diverged = self._none = no
+        self.everyone = False
+        self._active = self.rr > floor**2
+        self._rounds = 0
+        self._quotients: list[Tensor] = []
 
-    @classmethod
-    def begin(cls, x: Tensor, r: Tensor, floor: float, max_steps: int) -> Progress:
-        """No step is taken yet; tasks within the tolerance are not active."""
-        rr = dot(r, r)
-        steps = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        no = steps > 0
-        nan = torch.full_like(rr, float("nan"))
-        return cls(x, r, rr, floor, max_steps, steps, rr > floor**2, no, no, no, nan, nan)
+    @property
+    def active(self) -> Tensor:
+        """Tasks that iterate."""
+        return self._active
+
+    @active.setter
+    def active(self, tasks: Tensor) -> None:
+        self._active, self.everyone = tasks, False
 
     @property
     def stopped(self) -> Tensor:
         """Tasks for which another cycle is of no use."""
         return self.indefinite | self.broken | self.diverged
+
+    @property
+    def unhindered(self) -> bool:
+        """No solver had to look for a task that must stop."""
+        return all(one is self._none for one in (self.indefinite, self.broken, self.diverged))
 
     def rounds(self) -> Iterator[int]:
         """Count rounds for as long as a task is active; a device is asked only now and then."""
@@ -73,28 +73,48 @@ class Progress:
         # A task takes a step in each round, so that no more than its steps are of use.
         for k in range(self.max_steps):
             due = interval == 1 or (k > 0 and k % interval == 0)
-            if due and not bool(self.active.any()):
-                return
+            if due and not self.everyone:
+                self.everyone = interval == 1 and bool(self._active.all())
+                if not self.everyone and not bool(self._active.any()):
+                    return
             yield k
 
     def observe(self, quotient: Tensor) -> None:
         """Note the Rayleigh quotients pᵀAp / pᵀp of the active tasks."""
-        met = torch.where(self.active & quotient.isfinite(), quotient, float("nan"))
-        self.curvature_min = torch.fmin(self.curvature_min, met)
-        self.curvature_max = torch.fmax(self.curvature_max, met)
+        if not self.everyone:
+            quotient = quotient.masked_fill(~self._active, float("nan"))
+        self._quotients.append(quotient)
+
+    @property
+    def curvature(self) -> tuple[Tensor, Tensor]:
+        """The smallest and the largest finite quotient met; NaN if none was."""
+        if not self._quotients:
+            nan = torch.full_like(self.rr, float("nan"))
+            return nan, nan
+        met = torch.stack(self._quotients)
+        low = met.nan_to_num(math.inf, math.inf, math.inf).amin(0)
+        high = met.nan_to_num(-math.inf, -math.inf, -math.inf).amax(0)
+        none = low == math.inf
+        return low.masked_fill(none, float("nan")), high.masked_fill(none, float("nan"))
 
     def demand_finite(self, scalar: Tensor) -> Tensor:
         """Stop the active tasks whose scalar is not finite, as broken; return the others."""
         finite = scalar.isfinite()
-        self.broken = self.broken | (self.active & ~finite)
-        return self.active & finite
+        self.broken = self.broken | (self._active & ~finite)
+        return self._active & finite
 
-    def step(self, good: Tensor, x: Tensor, r: Tensor) -> None:
-        """Move good tasks to x with residual r; the others stay where they are, for good."""
-        self.x, self.r = choose(good, x, self.x), choose(good, r, self.r)
-        self.rr = torch.where(good, dot(self.r, self.r), self.rr)
-        self.steps = self.steps + good
-        self.active = good & (self.rr > self.floor**2) & (self.steps < self.max_steps)
+    def step(self, choose: Choice, x: Tensor, r: Tensor) -> None:
+        """Move the chosen tasks to x with residual r; the others stay where they are, for good."""
+        self.x, self.r = choose(x, self.x), choose(r, self.r)
+        self.rr = choose(dot(self.r, self.r), self.rr)
+        self.steps = self.steps + choose.tasks
+        self._rounds += 1
+        goes_on = choose.everyone and self._rounds < self.max_steps
+        if goes_on and all_between(self.floor**2, self.rr, math.inf):
+            self._active, self.everyone = choose.tasks, True
+        else:
+            going = choose.tasks & (self.rr > self.floor**2)
+            self.active = going & (self.steps < self.max_steps)
 
 
 def solve_in_cycles(
@@ -122,10 +142,13 @@ def solve_in_cycles(
     # Below rounding a recurrence is noise; go no further, whatever was asked.
     floor = max(rtol, torch.finfo(rhs.dtype).eps)
     target = rtol or floor
-    progress = Progress.begin(x, r, floor, max_steps)
+    progress = Progress(x, r, floor, max_steps)
     last = torch.full_like(progress.rr, float("inf"))
     while True:
         cycle(progress)
+        if rtol == 0.0 and Choice(progress.steps == max_steps).everyone:
+            residual = progress.rr.sqrt()
+            break
         claimed = progress.rr <= floor**2
         if rtol > 0.0:
             progress.r = rhs - operator(progress.x)
@@ -143,20 +166,14 @@ def solve_in_cycles(
     if rtol == 0.0 and (start is not None or bool((residual <= target).any())):
         # A recurrence that started elsewhere, or that claims to be at rounding, is not believed.
         residual = norm(rhs - operator(progress.x))
-    status = residual_status(residual, torch.full_like(residual, target), asked=rtol > 0.0)
+    status = residual_status(residual, target, asked=rtol > 0.0)
+    if progress.unhindered:
+        return LinearSolution(progress.x, status, residual, progress.steps, *progress.curvature)
     open_ = status != Status.CONVERGED
-    status = torch.where(progress.indefinite & open_, int(Status.INDEFINITE), status)
-    status = torch.where(progress.diverged & open_, int(Status.DIVERGED), status)
-    broken = progress.broken | ~residual.isfinite()
-    status = torch.where(broken, int(Status.NON_FINITE), status).to(torch.int8)
-    return LinearSolution(
-        progress.x,
-        status,
-        residual,
-        progress.steps,
-        progress.curvature_min,
-        progress.curvature_max,
-    )
+    status = marked(status, progress.indefinite & open_, Status.INDEFINITE)
+    status = marked(status, progress.diverged & open_, Status.DIVERGED)
+    status = marked(status, progress.broken | ~residual.isfinite(), Status.NON_FINITE)
+    return LinearSolution(progress.x, status, residual, progress.steps, *progress.curvature)
 
 
 def prepare(preconditioner: Preconditioner | None, operator: Operator, like: Tensor) -> MatVec:

@@ -14,7 +14,7 @@ from bilevel.linear_solver import LinearSolution, LinearSolver
 from bilevel.operator import MatVec, Operator
 from bilevel.registry import LINEAR_SOLVERS
 from bilevel.rows import norm
-from bilevel.status import Status, residual_status
+from bilevel.status import Status, marked, residual_status
 
 __all__ = ["Dense"]
 
@@ -56,7 +56,7 @@ class Dense(LinearSolver):
         value, singular = torch.linalg.solve_ex(matrix, b.unsqueeze(-1))
         x = value.squeeze(-1)
         residual = norm((matrix @ x.unsqueeze(-1)).squeeze(-1) - b)
-        status = residual_status(residual, torch.full_like(residual, self.rtol), asked=True)
+        status = residual_status(residual, self.rtol, asked=True)
         gap = (matrix - matrix.mT).abs().amax((-1, -2))
         size = matrix.abs().amax((-1, -2))
         symmetric = gap <= 1e-4 * size
@@ -68,15 +68,15 @@ class Dense(LinearSolver):
         # The products are rounded: an eigenvalue within that of zero may have either sign.
         rounding = torch.finfo(rhs.dtype).eps * n**0.5 * torch.maximum(high.abs(), low.abs())
         indefinite = ~unknown & (low <= rounding)
-        status = torch.where(indefinite, int(Status.INDEFINITE), status)
+        status = marked(status, indefinite, Status.INDEFINITE)
         zero = norm(rhs) == 0
         broken = (singular != 0) & ~zero
-        status = torch.where(broken | ~finite, int(Status.NON_FINITE), status)
-        status = torch.where(zero, int(Status.CONVERGED), status)
+        status = marked(status, broken | ~finite, Status.NON_FINITE)
+        status = marked(status, zero, Status.CONVERGED)
         nan = torch.full_like(low, float("nan"))
         return LinearSolution(
             torch.where(zero.unsqueeze(-1), 0.0, x).to(rhs.dtype),
-            status.to(torch.int8),
+            status,
             torch.where(zero, 0.0, residual),
             torch.full((count,), n, dtype=torch.int64, device=rhs.device),
             torch.where(unknown, nan, low),

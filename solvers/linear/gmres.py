@@ -21,7 +21,7 @@ from bilevel.operator import MatVec, Operator
 from bilevel.preconditioner import Preconditioner
 from bilevel.problem import Structure
 from bilevel.registry import LINEAR_SOLVERS
-from bilevel.rows import choose, column, dot, norm
+from bilevel.rows import all_finite, choose, column, dot, norm
 
 from .cycles import Progress, check_settings, prepare, solve_in_cycles
 
@@ -123,7 +123,7 @@ def _advance(
     rest = first - hessenberg @ y
     x = progress.x + precondition(_combine(basis[:-1], y))
     r = _combine(basis, rest)
-    better = entered & (dot(r, r) < progress.rr) & x.isfinite().all(-1)
+    better = entered & (dot(r, r) < progress.rr) & all_finite(x)
     progress.x, progress.r = choose(better, x, progress.x), choose(better, r, progress.r)
     progress.rr = torch.where(better, dot(r, r), progress.rr)
     progress.active = torch.zeros_like(entered)

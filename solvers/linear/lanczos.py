@@ -17,15 +17,20 @@ class Lanczos:
     """Records the tridiagonal matrix of each task, for the first steps of the first cycle."""
 
     def __init__(self, like: Tensor) -> None:
-        self._rows = [like.new_zeros(len(like), 0, 2, dtype=torch.float64)]
+        self._none = like.new_zeros(len(like), 0, 2, dtype=torch.float64)
+        self._steps: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._of_cg = False
         self._open = True
 
     def add(self, tasks: Tensor, diagonal: Tensor, off_diagonal: Tensor) -> None:
         """Note one step of those tasks, scalars ``[tasks]``."""
-        if self._open and len(self._rows) <= _MOST_STEPS:
-            row = torch.stack([diagonal, off_diagonal], -1)
-            row = torch.where(tasks.unsqueeze(-1), row, float("nan"))
-            self._rows.append(row.unsqueeze(1))
+        if self._open and len(self._steps) < _MOST_STEPS:
+            self._steps.append((tasks, diagonal, off_diagonal))
+
+    def add_coefficients(self, tasks: Tensor, alpha: Tensor, beta: Tensor) -> None:
+        """Note α and β of one step of conjugate gradients, which tell the entries."""
+        self._of_cg = True
+        self.add(tasks, alpha, beta)
 
     def close(self) -> None:
         """The first cycle is over: what follows belongs to another matrix."""
@@ -33,7 +38,13 @@ class Lanczos:
 
     def table(self) -> Tensor:
         """``[tasks, steps, 2]``: diagonal, and off-diagonal to the next step; NaN past the end."""
-        return torch.cat(self._rows, dim=1)
+        if not self._steps:
+            return self._none
+        tasks, first, second = (torch.stack(one, 1) for one in zip(*self._steps, strict=True))
+        if self._of_cg:
+            carried = torch.nn.functional.pad((second / first)[:, :-1], (1, 0))
+            first, second = 1.0 / first + carried, second.sqrt() / first
+        return torch.where(tasks.unsqueeze(-1), torch.stack([first, second], -1), float("nan"))
 
 
 def smallest_ritz_value(table: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from bilevel.operator import MatVec, Operator
 from bilevel.preconditioner import Preconditioner
 from bilevel.problem import Structure
 from bilevel.registry import LINEAR_SOLVERS
-from bilevel.rows import choose, column, dot, norm
+from bilevel.rows import Choice, all_finite, choose, column, dot, norm
 
 from .cycles import Progress, check_settings, prepare, solve_in_cycles
 from .lanczos import Lanczos
@@ -109,7 +109,7 @@ def _cycle(operator: Operator, precondition: MatVec, progress: Progress, lanczos
         x = progress.x + column(c_next * eta, w) * w_next
         eta = -s_next * eta
         r = column(s_next**2, v) * progress.r + column(eta * c_next, v) * v_next
-        progress.step(good & x.isfinite().all(-1), x, r)
+        progress.step(Choice(good & all_finite(x)), x, r)
         v_before, v, z = v, v_next, z_next
         w_before, w = w, w_next
         c_before, c, s_before, s, coupling = c, c_next, s, s_next, size

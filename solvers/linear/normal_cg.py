@@ -23,7 +23,7 @@ from bilevel.linear_solver import LinearSolution, LinearSolver
 from bilevel.operator import Operator
 from bilevel.problem import Structure
 from bilevel.registry import LINEAR_SOLVERS
-from bilevel.rows import choose, column, dot, norm
+from bilevel.rows import Choice, choose, column, dot, norm
 
 from .cycles import Progress, check_settings, solve_in_cycles
 
@@ -77,7 +77,7 @@ def _cycle(operator: Operator, transposed: Operator, progress: Progress) -> None
         good = progress.demand_finite(qq) & (qq > 0)
         alpha = torch.where(good, ss / qq, 0.0)
         x = progress.x + column(alpha / scale, p) * p
-        progress.step(good, x, progress.r - column(alpha, q) * q)
+        progress.step(Choice(good), x, progress.r - column(alpha, q) * q)
         s = transposed(progress.r) / column(scale, s)
         new = dot(s, s)
         progress.active = progress.active & (new > 0)

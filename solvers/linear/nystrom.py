@@ -25,7 +25,7 @@ from bilevel.operator import Operator
 from bilevel.problem import Structure
 from bilevel.registry import LINEAR_SOLVERS
 from bilevel.rows import norm
-from bilevel.status import Status, residual_status
+from bilevel.status import Status, marked, residual_status
 
 from .low_rank import nystrom
 
@@ -80,17 +80,13 @@ class Nystrom(LinearSolver):
         x = (found.basis @ inside + outside / self.rho).squeeze(-1).to(rhs.dtype)
         residual = relative_residual(operator, rhs, x)
         eps = torch.finfo(rhs.dtype).eps
-        status = residual_status(
-            residual, torch.full_like(residual, self.rtol or eps), asked=self.rtol > 0.0
-        )
+        status = residual_status(residual, self.rtol or eps, asked=self.rtol > 0.0)
         low, high = found.core[:, 0], found.core[:, -1]
         # Rounding leaves a singular block with eigenvalues of either sign.
         negative = low < -100 * eps * found.core.abs().amax(-1)
-        status = torch.where(
-            negative & (status != Status.CONVERGED), int(Status.INDEFINITE), status
-        )
-        status = torch.where(found.finite, status, int(Status.NON_FINITE))
-        status = torch.where(norm(rhs) > 0, status, int(Status.CONVERGED)).to(torch.int8)
+        status = marked(status, negative & (status != Status.CONVERGED), Status.INDEFINITE)
+        status = marked(status, ~found.finite, Status.NON_FINITE)
+        status = marked(status, norm(rhs) == 0, Status.CONVERGED)
         steps = torch.full((len(rhs),), rank, dtype=torch.int64, device=rhs.device)
         nan = torch.full_like(low, float("nan"))
         return LinearSolution(

@@ -21,7 +21,7 @@ from bilevel.operator import MatVec, Operator
 from bilevel.preconditioner import Preconditioner
 from bilevel.problem import Structure
 from bilevel.registry import LINEAR_SOLVERS
-from bilevel.rows import column, dot
+from bilevel.rows import Choice, column, dot
 
 from .cycles import Progress, check_settings, prepare, solve_in_cycles
 from .power import safe_step
@@ -105,11 +105,12 @@ def _cycle(
         progress.observe(curvature / dot(z, z))
         good = progress.demand_finite(curvature)
         a = column(size, z)
-        progress.step(good, progress.x + a * z, progress.r - a * az)
+        progress.step(Choice(good), progress.x + a * z, progress.r - a * az)
         # A task that blows up is frozen before it overflows.
         progress.active = progress.active & (progress.rr < _BLOW_UP**2 * first)
     grew = progress.rr > first
+    low, high = progress.curvature
     if precondition is None:
-        grew = grew | (size * progress.curvature_max > 2.0)
+        grew = grew | (size * high > 2.0)
     progress.diverged = progress.diverged | (entered & grew)
-    progress.indefinite = progress.indefinite | (entered & (progress.curvature_min <= 0))
+    progress.indefinite = progress.indefinite | (entered & (low <= 0))

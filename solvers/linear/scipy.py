@@ -18,7 +18,7 @@ from bilevel.operator import MatVec, Operator
 from bilevel.problem import Structure
 from bilevel.registry import LINEAR_SOLVERS
 from bilevel.rows import norm
-from bilevel.status import Status, residual_status
+from bilevel.status import Status, marked, residual_status
 
 from .cycles import check_settings
 
@@ -87,9 +87,8 @@ class SciPy(LinearSolver):
                 broken[task] = True
             steps[task] = host.products
         residual = relative_residual(operator, rhs, x)
-        target = torch.full_like(residual, self.rtol or floor)
-        status = residual_status(residual, target, asked=self.rtol > 0.0)
-        status = torch.where(broken, int(Status.NON_FINITE), status).to(torch.int8)
+        status = residual_status(residual, self.rtol or floor, asked=self.rtol > 0.0)
+        status = marked(status, broken, Status.NON_FINITE)
         nan = torch.full_like(residual, float("nan"))
         return LinearSolution(x, status, residual, steps, nan, nan)
 

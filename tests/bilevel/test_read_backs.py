@@ -64,7 +64,7 @@ class Tensors(TorchFunctionMode):
 @pytest.fixture
 def dear(monkeypatch):
     """Asking is dear, as on an accelerator."""
-    for name in ("bilevel.rows", "bilevel.solvers.linear.cycles"):
+    for name in ("bilevel.rows", "bilevel.status", "bilevel.solvers.linear.cycles"):
         monkeypatch.setattr(importlib.import_module(name), "check_interval", lambda device: 8)
 
 
