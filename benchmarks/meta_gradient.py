@@ -7,20 +7,21 @@ gradients, on the strided and the pooling network and for 1, 8 and 32 tasks; wit
 strided network and up to 8 tasks. Every variant is checked in float64 for computing the same
 meta-gradient before it is timed in float32, where ReLU amplifies what rounding differs. *Bare
 kernels* are the gradients, the kept graph, the products with the Hessian and the outer gradient,
-each timed alone in the same run and added up: no way to run these kernels can be faster. Writes a
-table and JSON.
+each timed alone in the same run and added up: no way to run these kernels can be faster. TorchOpt
+runs beside them where it is installed. Writes a table and JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import get_args
 
 import torch
 import torch.nn.functional as F
+from peers import installed, torchopt_implicit
 from timing import Times, alternate
 from torch import Tensor
 
@@ -57,7 +58,8 @@ class Setting:
     def variants(self) -> dict[str, Callable[[], Params]]:
         """All that compute the meta-gradient."""
         ours = {f"bilevel, {one}": self.ours(one) for one in get_args(Engine)}
-        return {"by hand": self.by_hand, **ours}
+        peers = {"torchopt": self.by_torchopt()} if installed("torchopt") else {}
+        return {"by hand": self.by_hand, **ours, **peers}
 
     def ours(self, engine: Engine) -> Callable[[], Params]:
         """The library, by one of its engines."""
@@ -82,28 +84,55 @@ class Setting:
         """Of one task."""
         return F.cross_entropy(self.net(params, batch[0]), batch[1])
 
+    def adapted(self, theta: Sequence[Tensor], support: tuple[Tensor, ...]) -> list[Tensor]:
+        """The steps of gradient descent, as one would write them without a library."""
+        names, phi = list(self.params), list(theta)
+        for _ in range(STEPS):
+            phi = [p.detach().requires_grad_() for p in phi]
+            with torch.enable_grad():
+                value = self.loss(dict(zip(names, phi, strict=True)), support)
+                slope = torch.autograd.grad(value, phi)
+            with torch.no_grad():
+                phi = [
+                    p - RATE * (g + STRENGTH * (p - t))
+                    for p, g, t in zip(phi, slope, theta, strict=True)
+                ]
+        return [p.detach().requires_grad_() for p in phi]
+
     def by_hand(self) -> Params:
         """What one would write without a library: a loop over tasks, nothing checked."""
         names, theta = list(self.params), list(self.params.values())
         total = [torch.zeros_like(t) for t in theta]
         for task in self.tasks:
-            phi = theta
-            for _ in range(STEPS):
-                phi = [p.detach().requires_grad_() for p in phi]
-                value = self.loss(dict(zip(names, phi, strict=True)), task.inner_batch)
-                slope = torch.autograd.grad(value, phi)
-                with torch.no_grad():
-                    phi = [
-                        p - RATE * (g + STRENGTH * (p - t))
-                        for p, g, t in zip(phi, slope, theta, strict=True)
-                    ]
-            phi = [p.detach().requires_grad_() for p in phi]
+            phi = self.adapted(theta, task.inner_batch)
             tree = dict(zip(names, phi, strict=True))
             rhs = torch.autograd.grad(self.loss(tree, task.outer_batch), phi)
             slope = torch.autograd.grad(self.loss(tree, task.inner_batch), phi, create_graph=True)
             adjoint = _cg_by_hand(slope, phi, rhs)
             total = [a + STRENGTH * v for a, v in zip(total, adjoint, strict=True)]
         return {name: t / len(self.tasks) for name, t in zip(names, total, strict=True)}
+
+    def by_torchopt(self) -> Callable[[], Params]:
+        """TorchOpt's implicit gradient, around the same steps."""
+        names, tasks = list(self.params), [(t.inner_batch, t.outer_batch) for t in self.tasks]
+
+        def outer(z: tuple[Tensor, ...], x: tuple[Tensor, ...], *data: Tensor) -> Tensor:
+            return self.loss(dict(zip(names, z, strict=True)), data)
+
+        def inner(z: tuple[Tensor, ...], x: tuple[Tensor, ...], *data: Tensor) -> Tensor:
+            pull = sum(((a - b) ** 2).sum() for a, b in zip(z, x, strict=True))
+            return outer(z, x, *data) + 0.5 * STRENGTH * pull
+
+        def solve(x: tuple[Tensor, ...], *data: Tensor) -> tuple[Tensor, ...]:
+            return tuple(one.detach() for one in self.adapted([t.detach() for t in x], data))
+
+        gradient = torchopt_implicit(inner, outer, solve, PRODUCTS)
+
+        def run() -> Params:
+            found = gradient(list(self.params.values()), tasks)
+            return dict(zip(names, found, strict=True))
+
+        return run
 
     # Bare kernels: nothing but what PyTorch must be asked for
 
