@@ -64,8 +64,9 @@ class ImamlMethods(AccuracyTable):
     )
 
     def base(self, options: Options) -> dict[str, Any]:
-        """One shot, the paper's evaluation, a probe every 100 meta-steps."""
-        common = {"data": "omniglot", "channels": 32, "shots": 1, "eval_queries": 1}
+        """One shot, one λ for all that name none, a probe every 100 meta-steps."""
+        common: dict[str, Any] = {"data": "omniglot", "channels": 32, "strength": 0.2}
+        common |= {"shots": 1, "eval_queries": 1}
         if options.quick and options.root is None:
             common["data"] = "glyphs"
         if options.quick:

@@ -108,6 +108,7 @@ class Job:
         settings = self.settings
         if settings.strength_end is None:
             return
+        assert settings.strength is not None
         share = min(1.0, step / max(1, settings.steps - 1))
         strength = settings.strength * (settings.strength_end / settings.strength) ** share
         with torch.no_grad():

@@ -51,7 +51,7 @@ LEARNERS: dict[str, Learner] = {
     "imaml-weaker": Learner(
         "iMAML, λ = 0.1",
         {"strength": 0.1},
-        "Half the default's pull, near which a learned λ ends.",
+        "Where a λ that is learned ends: the default at 20 ways.",
     ),
     "imaml-released": Learner(
         "iMAML, released code",

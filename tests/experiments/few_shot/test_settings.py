@@ -37,6 +37,8 @@ def test_learners_are_what_they_are_called(settings):
 
     assert job("imaml").method == ImplicitCG(max_steps=5, rtol=0.0)
     assert job("imaml").problem.strength == 0.2
+    assert settings("imaml", ways=20).strength == 0.1
+    assert settings("imaml", ways=20, strength=0.2).strength == 0.2
     assert job("imaml-paper").problem.strength == 2.0
     assert job("imaml").inner_solver == BacktrackingDescent(0.1, 2)
     assert isinstance(job("imaml-hessian-free").inner_solver, HessianFree)
