@@ -3,7 +3,7 @@
 Stacking saves launches, which is what a small problem or an accelerator needs; one task after the
 other fits the caches, needs no rules of `torch.vmap`, and is often faster for networks on a CPU.
 Both compute the same. ``"auto"`` tries both on a gradient and a Hessian product, once for each
-problem, device and shape, and remembers on the problem.
+problem, device and shape, and remembers on the problem; on a CPU it stacks 8 tasks at a time.
 """
 
 from __future__ import annotations
@@ -70,7 +70,10 @@ def chunk_size(
     if key not in remembered:
         stacked, single = (_flat(problem, outer, tasks, inner, count) for count in (few, 1))
         remembered[key] = few * _least_seconds(single) < _least_seconds(stacked)
-    return 1 if remembered[key] else most
+    if remembered[key]:
+        return 1
+    # Beyond a few tasks a CPU's caches overflow: 32 at once take longer than four times 8.
+    return few if outer.leaves[0].device.type == "cpu" else most
 
 
 def _data(tasks: TaskBatch) -> PyTree:
