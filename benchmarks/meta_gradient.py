@@ -57,9 +57,9 @@ class Setting:
 
     def variants(self) -> dict[str, Callable[[], Params]]:
         """All that compute the meta-gradient."""
-        ours = {f"bilevel, {one}": self.ours(one) for one in get_args(Engine)}
+        ours = {f"bilevel-{one}": self.ours(one) for one in get_args(Engine)}
         peers = {"torchopt": self.by_torchopt()} if installed("torchopt") else {}
-        return {"by hand": self.by_hand, **ours, **peers}
+        return {"hand": self.by_hand, **ours, **peers}
 
     def ours(self, engine: Engine) -> Callable[[], Params]:
         """The library, by one of its engines."""
@@ -206,14 +206,14 @@ def measure(network: str, tasks: int, rounds: int, device: torch.device) -> dict
     kernels |= {f"batched {name}": run for name, run in setting.bare(stacked=True).items()}
     times = alternate({**variants, **kernels}, rounds, device)
     for prefix, repeat in (("loop", tasks), ("batched", 1)):
-        times[f"bare kernels, {prefix}"] = Times(tuple(bare_seconds(times, prefix, repeat)))
+        times[f"kernels-{prefix}"] = Times(tuple(bare_seconds(times, prefix, repeat)))
     return {name: one for name, one in times.items() if name not in kernels}
 
 
 def _check(setting: Setting) -> None:
     """Stop unless all variants compute the same."""
     variants = setting.variants()
-    wanted = variants["by hand"]()
+    wanted = variants["hand"]()
     for name, run in variants.items():
         gap = _distance(run(), wanted)
         if not gap <= SAME:
@@ -242,12 +242,12 @@ def main() -> None:
         for tasks in (1, 8, 32) if args.full else (1, 8):
             times = measure(network, tasks, args.rounds, device)
             bare = min(
-                (one for name, one in times.items() if name.startswith("bare")),
+                (one for name, one in times.items() if name.startswith("kernels")),
                 key=lambda one: one.median,
             )
             print(f"\n{network}, {tasks} tasks: ms, over the bare kernels, over the loop by hand")
             for name, one in times.items():
-                over_bare, over_hand = one.over(bare), one.over(times["by hand"])
+                over_bare, over_hand = one.over(bare), one.over(times["hand"])
                 print(
                     f"  {name:24}{1e3 * one.median:9.1f} ± {1e3 * one.spread * one.median:<7.1f}"
                     f"{over_bare:6.2f}{over_hand:6.2f}"
