@@ -1,29 +1,16 @@
 """The benchmark of the meta-gradient, at a size that takes a second."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
-
 
 @pytest.fixture
-def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    spec = importlib.util.spec_from_file_location(
-        "benchmark_meta_gradient", FOLDER / "meta_gradient.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def benchmark(script, monkeypatch):
+    module = script("meta_gradient")
     # A network so small is bent more: at the λ of the benchmark CG would stop early.
     for name, small in {"CHANNELS": 4, "STEPS": 2, "STRENGTH": 100.0, "RATE": 1e-3}.items():
         monkeypatch.setattr(module, name, small)
-    yield module
-    for name in ("timing", "peers"):
-        sys.modules.pop(name, None)
+    return module
 
 
 def test_variants_that_agree_are_timed_side_by_side(benchmark):

@@ -1,0 +1,40 @@
+"""The benchmark of small problems, at a size that takes a second."""
+
+import pytest
+import torch
+
+from bilevel.problems import Logistic, Ridge
+
+
+@pytest.fixture
+def benchmark(script):
+    return script("small_problems")
+
+
+@pytest.mark.parametrize("density", [1.0, 0.2])
+@pytest.mark.parametrize("problem", [Ridge, Logistic])
+def test_variants_that_agree_are_timed_side_by_side(benchmark, problem, density):
+    loss = benchmark.half_mean_square if problem is Ridge else benchmark.logistic
+    expression = (
+        "0.5 * ((p - y) ** 2).mean()" if problem is Ridge else "np.logaddexp(0, -y * p).mean()"
+    )
+    setting = benchmark._setting(problem(), loss, expression, 20, 6, 3, density)
+    times = benchmark.measure(setting, 2)
+    assert {"hand", "bilevel"} <= set(times) <= {"hand", "bilevel", "torchopt", "jaxopt"}
+    assert all(len(one.seconds) == 2 and min(one.seconds) > 0 for one in times.values())
+
+
+def test_a_variant_that_computes_something_else_is_not_timed(benchmark, monkeypatch):
+    setting = benchmark._setting(Ridge(), benchmark.half_mean_square, "", 20, 6, 3)
+    wrong = setting.by_hand()
+    monkeypatch.setattr(benchmark.Setting, "by_hand", lambda self: 1.001 * wrong)
+    with pytest.raises(SystemExit, match=r"bilevel is 1\.0e-03 away from the loop by hand"):
+        benchmark.measure(setting, 2)
+
+
+def test_all_start_at_the_exact_inner_solution(benchmark):
+    setting = benchmark._setting(Ridge(), benchmark.half_mean_square, "", 20, 6, 3)
+    features, targets = setting.training
+    matrix = features.T @ features / 20 + torch.diag(setting.outer.exp())
+    wanted = torch.linalg.solve(matrix, features.T @ targets / 20)
+    assert torch.allclose(setting.inner, wanted, atol=1e-8)
