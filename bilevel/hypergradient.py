@@ -66,8 +66,8 @@ def hypergradient(
         reduction: ``"mean"``, or ``"none"`` for one gradient per task.
         engine: ``"batched"``: tasks of one shape are stacked and solved at once. ``"loop"``: one
             after the other. ``"auto"``: whichever is faster, measured at the first call for each
-            problem, device and shape, on a CPU by 8 tasks at a time. The two differ by rounding, so that ``"auto"`` may give other
-            bits in another process.
+            problem, device and shape; on a CPU it stacks 8 tasks at a time. The two differ by
+            rounding, so that ``"auto"`` may give other bits in another process.
         task_chunk: Stack at most so many tasks at a time, which bounds memory; None: all.
 
     Raises:

@@ -14,10 +14,10 @@ def benchmark(script):
 @pytest.mark.parametrize("density", [1.0, 0.2])
 @pytest.mark.parametrize("problem", [Ridge, Logistic])
 def test_variants_that_agree_are_timed_side_by_side(benchmark, problem, density):
-    loss = benchmark.half_mean_square if problem is Ridge else benchmark.logistic
-    expression = (
-        "0.5 * ((p - y) ** 2).mean()" if problem is Ridge else "np.logaddexp(0, -y * p).mean()"
-    )
+    loss, expression = {
+        Ridge: (benchmark.half_mean_square, "0.5 * ((p - y) ** 2).mean()"),
+        Logistic: (benchmark.logistic, "np.logaddexp(0, -y * p).mean()"),
+    }[problem]
     setting = benchmark._setting(problem(), loss, expression, 20, 6, 3, density)
     times = benchmark.measure(setting, 2)
     assert {"hand", "bilevel"} <= set(times) <= {"hand", "bilevel", "torchopt", "jaxopt"}
