@@ -47,6 +47,7 @@ class ImamlMethods(AccuracyTable):
     tasks = _TASKS
     learners = (
         "fomaml-regularized",
+        "fomaml-weaker",
         "imaml-released",
         "imaml-paper",
         "imaml",

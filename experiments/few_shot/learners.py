@@ -140,6 +140,11 @@ LEARNERS: dict[str, Learner] = {
         {"method": "first-order"},
         "The first-order gradient on iMAML's own inner problem.",
     ),
+    "fomaml-weaker": Learner(
+        "FOMAML, same inner problem, λ = 0.1",
+        {"method": "first-order", "strength": 0.1},
+        "The first-order gradient where λ is half as large.",
+    ),
     "maml": Learner(
         "MAML", {**_PLAIN, "method": "unrolled"}, "Finn et al. (2017): all steps differentiated."
     ),
