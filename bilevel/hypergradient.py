@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .engine import Engine, check_engine, chunk_size
-from .errors import BilevelWarning, DependenceError, ObjectiveError, SolveError
+from .errors import BilevelWarning, DependenceError, InPlaceError, ObjectiveError, SolveError
 from .flat import FlatProblem, Outer
 from .inner_solver import InnerReport, InnerSolver
 from .linear_solver import LinearSolution
@@ -20,10 +20,11 @@ from .method import Estimate, HypergradientMethod, ImplicitMethod, Start
 from .operator import SecantPairs
 from .probe import probe
 from .problem import BilevelProblem
-from .pytree import PyTree, tree_map, tree_unflatten
+from .pytree import PyTree, tree_leaves, tree_map, tree_unflatten
 from .result import Diagnostics, Hypergradient, SolveReport, State
 from .rows import all_finite
 from .status import Status, describe_status, marked, members
+from .stream import Stream
 from .task import Task, TaskBatch, group_by_shape
 
 __all__ = ["hypergradient"]
@@ -253,6 +254,7 @@ def _group_hypergradient(
     *,
     per_task: bool,
 ) -> _Part:
+    before = _versions(one.tasks)
     flat = FlatProblem.of(problem, outer, one.tasks, one.inner)
     probe(flat)
     for name, value in (("inner", start.inner), ("adjoint", start.adjoint)):
@@ -272,6 +274,11 @@ def _group_hypergradient(
     if per_task:
         weights = torch.ones_like(weights)
     estimate = method(flat, inner_solver, weights, start)
+    if _versions(one.tasks) != before:
+        raise InPlaceError(
+            "a function of the problem changed `inner_batch` or `outer_batch` in place, which it "
+            "did not do when it was first looked at; write to a copy: `.clone()` it first"
+        )
     status = _with_gradient_status(estimate, per_task)
     if _all_usable(status, estimate.gradient):
         # The weights as they came: where they lie on the host, no device is asked.
@@ -288,6 +295,13 @@ def _group_hypergradient(
     return _without_failed(
         one.positions, flat, inner_solver, method, weights, start, estimate, status
     )
+
+
+def _versions(tasks: TaskBatch) -> list[int]:
+    """How often each tensor of the data was written to: one task alone shares the user's memory."""
+    inner = None if isinstance(tasks.inner_batch, Stream) else tasks.inner_batch
+    leaves = tree_leaves([inner, tasks.outer_batch])
+    return [leaf._version for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def _without_failed(
@@ -350,7 +364,8 @@ def _assemble(
 
     def in_order(tensors: Sequence[Tensor]) -> Tensor:
         if order is None:
-            return tensors[0].detach()
+            # A copy: a user's metric may be a piece of `outer`, which the optimizer changes.
+            return tensors[0].detach().clone(memory_format=torch.contiguous_format)
         return torch.cat([tensor.detach() for tensor in tensors])[order.to(tensors[0].device)]
 
     status, inner_status, linear_status = _statuses(parts, order)

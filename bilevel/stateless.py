@@ -47,7 +47,7 @@ def stateless(module: nn.Module) -> tuple[dict[str, Tensor], Callable[..., Any]]
     buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
     # A copy: what the caller does to the module later must not reach the function.
     frozen = copy.deepcopy(module).requires_grad_(False)
-    tied = _count(module, remove_duplicate=True) < _count(module, remove_duplicate=False)
+    tied = _has_ties(module)
 
     def net(params: dict[str, Tensor], /, *args: Any, **kwargs: Any) -> Any:
         state = {**_like(buffers, params), **params} if buffers else params
@@ -57,9 +57,11 @@ def stateless(module: nn.Module) -> tuple[dict[str, Tensor], Callable[..., Any]]
     return params, net
 
 
-def _count(module: nn.Module, *, remove_duplicate: bool) -> int:
+def _has_ties(module: nn.Module) -> bool:
+    """Whether one tensor has several names."""
     kinds = (module.named_parameters, module.named_buffers)
-    return sum(1 for kind in kinds for _ in kind(remove_duplicate=remove_duplicate))
+    tensors = [id(one) for kind in kinds for _, one in kind(remove_duplicate=False)]
+    return len(set(tensors)) < len(tensors)
 
 
 def _check_layer(layer: nn.Module, name: str) -> None:

@@ -263,13 +263,29 @@ def _pick(tree: PyTree, i: int) -> PyTree:
 def _select(tree: PyTree, index: Tensor) -> PyTree:
     if isinstance(tree, Stream):
         return Stream(lambda step: _select(tree.draw(step), index))
-    return tree_map(lambda x: x[index.to(x.device)] if isinstance(x, Tensor) else x, tree)
+
+    def chosen(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        here = index.to(x.device)
+        # Sparse tensors know no other indexing.
+        return x[here] if x.layout == torch.strided else x.index_select(0, here)
+
+    return tree_map(chosen, tree)
 
 
 def _slice(tree: PyTree, first: int, last: int) -> PyTree:
     if isinstance(tree, Stream):
         return Stream(lambda step: _slice(tree.draw(step), first, last))
-    return tree_map(lambda x: x[first:last] if isinstance(x, Tensor) else x, tree)
+
+    def cut(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        if x.layout == torch.strided:
+            return x[first:last]
+        return x.index_select(0, torch.arange(first, min(last, len(x)), device=x.device))
+
+    return tree_map(cut, tree)
 
 
 def _to(tree: PyTree, *args: Any, **kwargs: Any) -> PyTree:
