@@ -21,6 +21,7 @@ from typing import get_args
 
 import torch
 import torch.nn.functional as F
+from by_hand import conjugate_gradients
 from peers import installed, torchopt_implicit
 from timing import Times, alternate
 from torch import Tensor
@@ -108,7 +109,7 @@ class Setting:
             tree = dict(zip(names, phi, strict=True))
             rhs = torch.autograd.grad(self.loss(tree, task.outer_batch), phi)
             slope = torch.autograd.grad(self.loss(tree, task.inner_batch), phi, create_graph=True)
-            adjoint = _cg_by_hand(slope, phi, rhs)
+            adjoint = next(conjugate_gradients(slope, phi, rhs, STRENGTH, (PRODUCTS,)))
             total = [a + STRENGTH * v for a, v in zip(total, adjoint, strict=True)]
         return {name: t / len(self.tasks) for name, t in zip(names, total, strict=True)}
 
@@ -167,24 +168,6 @@ class Setting:
             "product": lambda: torch.autograd.grad(graph, point, ones, retain_graph=True),
             "outer": lambda: torch.autograd.grad(value(outer), point),
         }
-
-
-def _cg_by_hand(
-    slope: tuple[Tensor, ...], phi: list[Tensor], rhs: tuple[Tensor, ...]
-) -> list[Tensor]:
-    x = [torch.zeros_like(b) for b in rhs]
-    r, p = [b.clone() for b in rhs], [b.clone() for b in rhs]
-    rr = sum((a * a).sum() for a in r)
-    for _ in range(PRODUCTS):
-        pulled = torch.autograd.grad(slope, phi, p, retain_graph=True)
-        ap = [h + STRENGTH * d for h, d in zip(pulled, p, strict=True)]
-        step = rr / sum((d * a).sum() for d, a in zip(p, ap, strict=True))
-        x = [a + step * d for a, d in zip(x, p, strict=True)]
-        r = [a - step * b for a, b in zip(r, ap, strict=True)]
-        new = sum((a * a).sum() for a in r)
-        p = [a + new / rr * d for a, d in zip(r, p, strict=True)]
-        rr = new
-    return x
 
 
 KERNELS = {"gradient": STEPS, "graph": 1, "product": PRODUCTS, "outer": 1}

@@ -65,7 +65,7 @@ def torchopt_implicit(
 
 
 def jaxopt_implicit(
-    loss: str,
+    loss: Callable[[Any, Any, Any], Any],
     inner: Tensor,
     outer: Tensor,
     training: tuple[Tensor, Tensor],
@@ -75,7 +75,7 @@ def jaxopt_implicit(
     """The gradient of a linear model by `jaxopt.implicit_diff.root_vjp`, compiled, in float64.
 
     Args:
-        loss: An expression in the predictions ``p``, the targets ``y`` and ``np``.
+        loss: ``(numpy, predictions, targets) -> scalar``, given the ``numpy`` of JAX.
         inner: The weights w at the solution.
         outer: x, of the decay ``½ Σ exp(x) w²``.
         training: A and y.
@@ -86,14 +86,13 @@ def jaxopt_implicit(
     import jaxopt
 
     jax.config.update("jax_enable_x64", True)
-    of = eval(f"lambda np, p, y: {loss}")
     np = jax.numpy
 
     def objective(w: Any, x: Any, a: Any, y: Any) -> Any:
-        return of(np, a @ w, y) + 0.5 * (np.exp(x) * w**2).sum()
+        return loss(np, a @ w, y) + 0.5 * (np.exp(x) * w**2).sum()
 
     def run(w: Any, x: Any, a: Any, y: Any, av: Any, yv: Any) -> Any:
-        b = jax.grad(lambda w: of(np, av @ w, yv))(w)
+        b = jax.grad(lambda w: loss(np, av @ w, yv))(w)
 
         def solve(matvec: Any, rhs: Any) -> Any:
             return jaxopt.linear_solve.solve_cg(matvec, rhs, maxiter=products, tol=0.0)

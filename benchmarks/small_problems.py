@@ -16,8 +16,9 @@ import math
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
 
@@ -36,6 +37,7 @@ F64 = torch.float64
 SAME = 1e-8
 REPEATS = 5
 Data = tuple[Tensor, Tensor]
+JaxLoss = Callable[[Any, Any, Any], Any]
 
 
 @dataclass(frozen=True)
@@ -45,20 +47,22 @@ class Setting:
     Attributes:
         problem: As the library sees it.
         loss: ``(Aw, y) -> scalar``, as others see it; the decay ``½ Σ exp(x) w²`` is added.
-        jax_loss: The same in the words of JAX, as a function of its ``numpy``.
+        jax_loss: ``(numpy, Aw, y) -> scalar``, the same for JAX, given its ``numpy``.
         training: A and y.
         validation: A and y.
         outer: x.
         steps: Steps of conjugate gradients.
+        inner: The inner solution, found here.
     """
 
     problem: BilevelProblem
     loss: Callable[[Tensor, Tensor], Tensor]
-    jax_loss: str
+    jax_loss: JaxLoss
     training: Data
     validation: Data
     outer: Tensor
     steps: int
+    inner: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         found = hypergradient(
@@ -69,8 +73,6 @@ class Setting:
             method=ImplicitCG(max_steps=1, rtol=0.0),
         )
         object.__setattr__(self, "inner", found.inner)
-
-    inner: Tensor = None  # type: ignore[assignment]  # set above
 
     def objective(self, w: Tensor, x: Tensor, data: Data) -> Tensor:
         """The inner objective, decay included."""
@@ -139,22 +141,34 @@ def logistic(prediction: Tensor, y: Tensor) -> Tensor:
     return -F.logsigmoid(y * prediction).mean()
 
 
+def jax_half_mean_square(numpy: Any, prediction: Any, y: Any) -> Any:
+    """The loss of ridge regression, for JAX."""
+    return 0.5 * ((prediction - y) ** 2).mean()
+
+
+def jax_logistic(numpy: Any, prediction: Any, y: Any) -> Any:
+    """The loss of logistic regression, for JAX."""
+    return numpy.logaddexp(0.0, -y * prediction).mean()
+
+
 def settings(full: bool) -> dict[str, Setting]:
     """All problems by name."""
+    ridge = (Ridge(), half_mean_square, jax_half_mean_square)
+    classes = (Logistic(), logistic, jax_logistic)
     out = {
-        "ridge": _setting(Ridge(), half_mean_square, "0.5 * ((p - y) ** 2).mean()", 2000, 500, 20),
-        "logistic": _setting(Logistic(), logistic, "np.logaddexp(0, -y * p).mean()", 2000, 500, 20),
-        "fixed-cost": _setting(Ridge(), half_mean_square, "0.5 * ((p - y) ** 2).mean()", 5, 3, 1),
+        "ridge": _setting(*ridge, 2000, 500, 20),
+        "logistic": _setting(*classes, 2000, 500, 20),
+        "fixed-cost": _setting(*ridge, 5, 3, 1),
     }
     if full:
-        out["sparse-logistic"] = _setting(Logistic(), logistic, "", 2000, 10_000, 20, density=1e-3)
+        out["sparse-logistic"] = _setting(*classes, 2000, 10_000, 20, density=1e-3)
     return out
 
 
 def _setting(
     problem: BilevelProblem,
     loss: Callable[[Tensor, Tensor], Tensor],
-    jax_loss: str,
+    jax_loss: JaxLoss,
     rows: int,
     features: int,
     steps: int,

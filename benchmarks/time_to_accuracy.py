@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from by_hand import conjugate_gradients
 from peers import installed, torchopt_implicit
 from timing import Times, alternate
 from torch import Tensor
@@ -117,7 +118,7 @@ class Setting:
         with torch.enable_grad():
             for _ in range(choice.steps):
                 optimizer.zero_grad()
-                self.objective(tuple(z), x, *data).backward()  # type: ignore[no-untyped-call]
+                torch.autograd.backward(self.objective(tuple(z), x, *data))
                 optimizer.step()
                 yield z
 
@@ -146,19 +147,7 @@ class Setting:
         z = tuple(leaf.detach().requires_grad_() for leaf in z)
         b = torch.autograd.grad(self.loss(z, task.outer_batch), z)
         slope = torch.autograd.grad(self.loss(z, task.inner_batch), z, create_graph=True)
-        v, r, p = [torch.zeros_like(one) for one in b], list(b), list(b)
-        rr = sum((one * one).sum() for one in r)
-        for step in range(1, max(counts) + 1):
-            pulled = torch.autograd.grad(slope, z, p, retain_graph=True)
-            ap = [h + self.strength * d for h, d in zip(pulled, p, strict=True)]
-            alpha = rr / sum((d * a).sum() for d, a in zip(p, ap, strict=True))
-            v = [a + alpha * d for a, d in zip(v, p, strict=True)]
-            r = [a - alpha * d for a, d in zip(r, ap, strict=True)]
-            new = sum((one * one).sum() for one in r)
-            p = [a + new / rr * d for a, d in zip(r, p, strict=True)]
-            rr = new
-            if step in counts:
-                yield v
+        yield from conjugate_gradients(slope, z, b, self.strength, counts)
 
     def by_torchopt(self, choice: Choice) -> Callable[[], list[Tensor]]:
         """TorchOpt's implicit gradient around the same steps."""
@@ -269,8 +258,8 @@ def main() -> None:
     rows.append(Row({}, "largest_curvature", setting.largest))
     for variant, one in times.items():
         rows += _rows(variant, name if variant == "bilevel" else str(choice), one, times, reached)
-    where = "" if args.root is None else " with the root given by BILEVEL_DATA"
-    command = f"python benchmarks/time_to_accuracy.py{' --full' * args.full}{where}"
+    # Where the data lie is the reader's own business.
+    command = f"python benchmarks/time_to_accuracy.py{' --full' * args.full}"
     path = write_results(args.out, "time-to-accuracy", sys.argv, rows, seeds=[0], command=command)
     print(f"written: {path}")
 

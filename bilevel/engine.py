@@ -20,7 +20,6 @@ from .linearised import linearise
 from .probe import probe
 from .problem import BilevelProblem
 from .pytree import PyTree, tree_leaves, tree_map
-from .stream import Stream
 from .task import TaskBatch
 
 __all__ = ["Engine", "check_engine", "chunk_size"]
@@ -66,19 +65,14 @@ def chunk_size(
         return most
     few = min(_TRIED, most)
     remembered = stacking_of(problem).one_by_one
-    key = (few, _shapes(outer.leaves), _shapes(tree_leaves([_data(tasks), inner])))
+    key = (few, _shapes(outer.leaves), _shapes([*tasks.tensors, *tree_leaves(inner)]))
     if key not in remembered:
         stacked, single = (_flat(problem, outer, tasks, inner, count) for count in (few, 1))
         remembered[key] = few * _least_seconds(single) < _least_seconds(stacked)
     if remembered[key]:
         return 1
-    # Beyond a few tasks a CPU's caches overflow: 32 at once take longer than four times 8.
+    # On a CPU 32 at once took longer than four times 8, and more memory (benchmarks/scaling.py).
     return few if outer.leaves[0].device.type == "cpu" else most
-
-
-def _data(tasks: TaskBatch) -> PyTree:
-    inner = None if isinstance(tasks.inner_batch, Stream) else tasks.inner_batch
-    return [inner, tasks.outer_batch]
 
 
 def _shapes(leaves: Iterable[Any]) -> Any:

@@ -520,7 +520,7 @@ def _condition(facts: Facts) -> Iterator[Finding]:
             if wide
             else "Use float64 for `outer` and the data, or raise the proximal strength",
         )
-    elif condition > 1e4:
+    elif condition > (1 - 1e-6) * 1e4:  # found by iteration: rounding must not decide at 10,000
         yield Finding(
             "conditioning",
             "info",

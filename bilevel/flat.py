@@ -34,10 +34,6 @@ from .task import TaskBatch
 __all__ = ["FlatProblem", "Outer"]
 
 
-INNER: Any = object()
-"""Stands for the inner batch at hand."""
-
-
 @dataclass(frozen=True)
 class Outer:
     """The outer variable: leaves and their structure, shared or one copy per task."""
@@ -275,7 +271,7 @@ class FlatProblem:
         """The inner objective and its gradient, without the regularizer and without a graph."""
         tree, leaves = self.cut(z)
         with torch.enable_grad():
-            values = self.call("inner_objective", tree)
+            values = self.call("inner_objective", tree, self.batch)
             ones = torch.ones_like(values)
             slopes = torch.autograd.grad(values, leaves, ones, materialize_grads=True)
         return values.detach(), self.joined(slopes)
@@ -287,7 +283,7 @@ class FlatProblem:
 
     def evaluate(self, z: Tensor) -> tuple[Tensor, dict[str, Tensor] | None]:
         """The outer objective ``[tasks]``; and the metrics, where both come from one prediction."""
-        return self.evaluate_at(self.vector.unflatten(z.squeeze(0) if self.count == 1 else z))
+        return self.evaluate_at(self._tree(z))
 
     def evaluate_at(self, inner: PyTree) -> tuple[Tensor, dict[str, Tensor] | None]:
         """`evaluate` at leaves of the inner variable."""
@@ -333,13 +329,11 @@ class FlatProblem:
         rows = [part.reshape(self.count, -1) for part in parts]
         return rows[0] if len(rows) == 1 else torch.cat(rows, -1)
 
-    def call(
-        self, name: str, inner: PyTree, batch: PyTree = INNER, known_as: str | None = None
-    ) -> Any:
+    def call(self, name: str, inner: PyTree, batch: PyTree, known_as: str | None = None) -> Any:
         """One of the problem's functions at such leaves, for all tasks."""
         return self.stacking(
             getattr(self.problem, name),
-            (inner, self.outer.tree, self.batch if batch is INNER else batch),
+            (inner, self.outer.tree, batch),
             (self.count > 1, self.outer.per_task, True),
             self.count,
             known_as or name,
@@ -401,19 +395,12 @@ class FlatProblem:
         assert isinstance(value, Tensor)
         return value
 
-    def _call(self, name: str, z: Tensor, batch: PyTree, known_as: str | None = None) -> PyTree:
-        method = getattr(self.problem, name)
+    def _call(self, name: str, z: Tensor, batch: PyTree) -> PyTree:
+        return self.call(name, self._tree(z), batch)
 
-        def one_task(vector: Tensor, outer: PyTree, data: PyTree) -> PyTree:
-            return method(self.vector.unflatten(vector), outer, data)
-
-        return self.stacking(
-            one_task,
-            (z, self.outer.tree, batch),
-            (True, self.outer.per_task, True),
-            self.count,
-            known_as or name,
-        )
+    def _tree(self, z: Tensor) -> PyTree:
+        """The inner variable with z's graph; one task alone without a dimension of tasks."""
+        return self.vector.unflatten(z.squeeze(0) if self.count == 1 else z)
 
     @cached_property
     def _center(self) -> Tensor:

@@ -20,11 +20,10 @@ from .method import Estimate, HypergradientMethod, ImplicitMethod, Start
 from .operator import SecantPairs
 from .probe import probe
 from .problem import BilevelProblem
-from .pytree import PyTree, tree_leaves, tree_map, tree_unflatten
+from .pytree import PyTree, tree_map, tree_unflatten
 from .result import Diagnostics, Hypergradient, SolveReport, State
 from .rows import all_finite
 from .status import Status, describe_status, marked, members
-from .stream import Stream
 from .task import Task, TaskBatch, group_by_shape
 
 __all__ = ["hypergradient"]
@@ -299,9 +298,7 @@ def _group_hypergradient(
 
 def _versions(tasks: TaskBatch) -> list[int]:
     """How often each tensor of the data was written to: one task alone shares the user's memory."""
-    inner = None if isinstance(tasks.inner_batch, Stream) else tasks.inner_batch
-    leaves = tree_leaves([inner, tasks.outer_batch])
-    return [leaf._version for leaf in leaves if isinstance(leaf, Tensor)]
+    return [tensor._version for tensor in tasks.tensors]
 
 
 def _without_failed(

@@ -89,7 +89,7 @@ class LinearSolver(ABC):
         size = norm(rhs)
         least, most = torch.finfo(rhs.dtype).tiny ** 0.5, torch.finfo(rhs.dtype).max ** 0.5
         plain = all_between(least, size, most)
-        scales = [column(size, rhs)] if plain else _scales(rhs, (least < size) & (size < most))
+        scales = _scales(rhs)
         unit = _divided(rhs, scales)
         if not plain or start is not None:
             regular = (all_finite(rhs) & (size > 0)).unsqueeze(-1)
@@ -124,14 +124,10 @@ class LinearSolver(ABC):
         """Solve for right-hand sides of norm 1 or 0; zero ones return zero, CONVERGED."""
 
 
-def _scales(rhs: Tensor, ordinary: Tensor) -> list[Tensor]:
-    """What makes rows of norm 1: largest entry, and norm after that; of ordinary rows the norm.
-
-    The product of the two may leave the range of the dtype.
-    """
+def _scales(rhs: Tensor) -> list[Tensor]:
+    """Largest entry and norm of each row: their product may leave the range of the dtype."""
     largest = rhs.abs().amax(-1, keepdim=True)
-    out_of_range = (largest > 0) & largest.isfinite() & ~ordinary.unsqueeze(-1)
-    largest = torch.where(out_of_range, largest, 1.0)
+    largest = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
     length = norm(rhs / largest)
     length = torch.where((length > 0) & length.isfinite(), length, 1.0)
     return [largest, column(length, rhs)]

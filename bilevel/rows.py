@@ -16,9 +16,6 @@ _SHORTEST, _LONGEST = 1e-140, 1e140
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """⟨a, b⟩ for each row, float64 ``[tasks]``."""
-    if a.dtype == torch.float64:
-        product: Tensor = torch.linalg.vecdot(a, b)
-        return product
     if a.dtype.itemsize < 4:
         a, b = a.float(), b.float()  # the squares of half numbers leave their range
     return (a * b).sum(-1, dtype=torch.float64)

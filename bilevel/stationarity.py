@@ -48,11 +48,13 @@ class StationarityGraph:
         with torch.enable_grad(), full_precision(z.device):
             tree, leaves = flat.cut(z)
             if flat.problem.is_equilibrium:
-                found = tree_leaves(flat.vector.matched(flat.call("stationarity", tree)))
+                found = tree_leaves(
+                    flat.vector.matched(flat.call("stationarity", tree, flat.batch))
+                )
                 slopes = [one.reshape(x.shape) for one, x in zip(found, leaves, strict=True)]
                 inner_value = z.new_full((flat.count,), float("nan"))
             else:
-                values = flat.call("inner_objective", tree)
+                values = flat.call("inner_objective", tree, flat.batch)
                 ones = torch.ones_like(values)
                 slopes = list(
                     torch.autograd.grad(

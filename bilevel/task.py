@@ -126,6 +126,11 @@ class TaskBatch:
     def __len__(self) -> int:
         return self.count
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors of its data; what a `Stream` draws is not among them."""
+        return [leaf for leaf in tree_leaves(_data(self)) if isinstance(leaf, Tensor)]
+
     def select(self, index: Tensor) -> TaskBatch:
         """The tasks at ``index`` (``[k]``, int64), in that order."""
         positions = index.tolist()
@@ -191,7 +196,7 @@ def positions_by_shape(tasks: Sequence[Task]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _data(task: Task) -> PyTree:
+def _data(task: Task | TaskBatch) -> PyTree:
     inner = None if isinstance(task.inner_batch, Stream) else task.inner_batch
     return [inner, task.outer_batch]
 

@@ -65,7 +65,7 @@ class BacktrackingDescent(InnerSolver):
 
     def _step(self, flat: FlatProblem, z: Tensor, state: PyTree) -> tuple[Tensor, PyTree]:
         start, slope, lr = state["value"], state["gradient"], state["lr"]
-        trial = torch.addcmul(z, column(lr, z), slope, value=-1)
+        trial = z - column(lr, z) * slope
         value, gradient = flat.value_and_gradient(trial)
         value = value.double()
         decrease = _ARMIJO * lr * dot(slope, slope)

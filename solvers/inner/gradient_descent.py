@@ -57,10 +57,8 @@ class GradientDescent(InnerSolver):
 
     def _step(self, flat: FlatProblem, z: Tensor, state: PyTree) -> tuple[Tensor, PyTree]:
         gradient = flat.gradient(z)
-        # A rate beyond the dtype's range is infinite, and no error of PyTorch's.
-        rate = min(self.lr, torch.finfo(z.dtype).max)
         if self.momentum == 0.0:
-            return torch.sub(z, gradient, alpha=rate), ()
+            return z - self.lr * gradient, ()
         buffer = self.momentum * state[0] + gradient
         direction = gradient + self.momentum * buffer if self.nesterov else buffer
-        return torch.sub(z, direction, alpha=rate), (buffer,)
+        return z - self.lr * direction, (buffer,)

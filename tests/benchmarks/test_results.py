@@ -42,6 +42,23 @@ def test_the_estimate_is_within_its_factors():
         assert found >= 1.8
 
 
+def test_cost_grows_at_most_linearly_and_chunks_bound_memory():
+    assert value("scaling", "exponent", of="tasks") <= 1.1
+    assert value("scaling", "exponent", of="parameters") <= 1.1
+    assert value("scaling", "exponent", of="condition") == pytest.approx(0.5, abs=0.05)
+    for size in (4, 8, 16):
+        assert value("scaling", "time_share", of="chunk", size=size) <= 1.1
+        assert value("scaling", "memory_share", of="chunk", size=size) < 0.6
+
+
+@pytest.mark.parametrize("tasks", [1, 8])
+def test_torchopt_takes_longer_to_the_same_meta_gradient(tasks):
+    where = {"network": "strided", "tasks": tasks}
+    peer = value("meta-gradient", "seconds", variant="torchopt", **where)
+    for engine in ("auto", "batched", "loop"):
+        assert value("meta-gradient", "seconds", variant=f"bilevel-{engine}", **where) < peer
+
+
 # What the docs say does not hold: nothing else may fail, and what holds now must be told there.
 REFUTED = {
     "imaml-table2": ["5w1s: iMAML reaches 98.2"],

@@ -1,4 +1,4 @@
-"""The benchmark of scaling, and what its committed result claims."""
+"""The benchmark of scaling, at a size that takes seconds."""
 
 import pytest
 

@@ -250,7 +250,7 @@ def test_too_few_steps_and_how_many_would_do():
 
 
 def test_a_tolerance_that_is_missed_by_far_says_how_many_steps_at_least():
-    task = quadratic_task(20, 3, condition=2e4)
+    task = quadratic_task(20, 3, condition=1e4)
     found = diagnose(task=task, inner_solver=GradientDescent(1.0, max_steps=50, tol=1e-8))
     finding = named(found, "inner problem not solved")
     assert "above tol = 1e-08" in finding.found
