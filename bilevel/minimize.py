@@ -443,9 +443,14 @@ def _vector(leaves: Sequence[Tensor]) -> Tensor:
 
 
 def _remember(pairs: deque[tuple[Tensor, Tensor]], s: Tensor, y: Tensor) -> None:
-    """Keep a pair of positive curvature; inexact hypergradients make others now and then."""
+    """Keep a pair of positive curvature; any other one shows that the model is wrong: forget it.
+
+    A model that stays would propose the same step again, however short it is.
+    """
     if float(s @ y) > 1e-10 * float(s.norm() * y.norm()):
         pairs.append((s, y))
+    else:
+        pairs.clear()
 
 
 def _two_loops(pairs: deque[tuple[Tensor, Tensor]], u: Tensor) -> Tensor:

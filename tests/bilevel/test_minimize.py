@@ -1,4 +1,5 @@
 import math
+from collections import deque
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from bilevel import (
     minimize,
     problem_from,
 )
+from bilevel.minimize import _remember
 from bilevel.problems import Logistic, Quadratic, Ridge
 from bilevel.solvers import CG, LBFGS, MINRES, DenseExact, FirstOrder, Implicit, ImplicitCG
 from tests.helpers import quadratic, quadratic_task, randn
@@ -234,3 +236,13 @@ def test_the_sequences_are_those_of_hoag():
     assert at["quadratic"] == pytest.approx([0.1, 0.025, 0.1 / 9])
     assert at["cubic"] == pytest.approx([0.1, 0.0125, 0.1 / 27])
     assert at["exponential"] == pytest.approx([0.1, 0.09, 0.081])
+
+
+def test_a_model_that_a_step_contradicts_is_forgotten():
+    # Kept, it would propose the same short step for ever.
+    s, up = torch.tensor([1.0, 0.0], dtype=F64), torch.tensor([2.0, 0.0], dtype=F64)
+    pairs = deque(maxlen=5)
+    _remember(pairs, s, up)
+    assert len(pairs) == 1
+    _remember(pairs, s, -up)
+    assert not pairs
