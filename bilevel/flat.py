@@ -149,14 +149,9 @@ class FlatProblem:
                 )
             start = start.detach()
         flat = cls(problem, trial, tasks, vector, stacking, start, inner is not None)
-        strength = flat._strength
-        if strength is not None and callable(_regularizer(problem).strength):
-            try:
-                check_strength(strength, "Proximal's strength")
-            except ValueError as error:
-                raise ObjectiveError(str(error)) from error
-        if problem.regularizer is not None:
-            flat._center  # noqa: B018  (checked against the inner variable here, not in a solver)
+        if problem.regularizer is not None and not stacking.probed:
+            # Checked against the inner variable here, not in a solver.
+            flat._strength, flat._center  # noqa: B018
         if [leaf._version for leaf in trial.leaves] != versions:
             raise InPlaceError(
                 "`initial_inner` or the regularizer changes `outer` in place; write to a copy: "
@@ -344,6 +339,11 @@ class FlatProblem:
         """The regularizer's strength, 0-d or to be broadcast with ``[tasks, n]``; None without."""
         return self._strength
 
+    @cached_property
+    def plain_strength(self) -> Tensor | None:
+        """The strength without its graph."""
+        return None if self._strength is None else self._strength.detach()
+
     @property
     def center(self) -> Tensor:
         """The regularizer's center, to be broadcast with ``[tasks, n]``; if there is one."""
@@ -416,6 +416,11 @@ class FlatProblem:
         strength = self._of_outer(
             lambda outer: regularizer.strength_vector(outer, self.vector), "strength"
         )
+        if callable(regularizer.strength):
+            try:
+                check_strength(strength, "Proximal's strength")
+            except ValueError as error:
+                raise ObjectiveError(str(error)) from error
         return strength.unsqueeze(-1) if strength.ndim == 1 and self.outer.per_task else strength
 
     def _of_outer(self, function: Any, name: str) -> Tensor:
@@ -464,4 +469,4 @@ def _flatten_stacked(tree: PyTree, name: str) -> tuple[Tensor, VectorSpec]:
     leaves, spec = tree_flatten(tree)
     one = [x[0] if isinstance(x, Tensor) and x.ndim else x for x in leaves]
     vector = VectorSpec.of(tree_unflatten(one, spec), name)
-    return vector.flatten(tree, batch_dims=1), vector
+    return vector.joined(leaves, batch_dims=1), vector

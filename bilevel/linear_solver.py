@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import ClassVar, TypeVar
 
 import torch
@@ -33,9 +34,7 @@ class LinearSolution:
         curvature_max: Largest one.
         damping: Damping that the solver added to restore positive curvature, float64; None where
             it never does.
-        lanczos: Diagonal and off-diagonal of the tridiagonal matrix that the solver built,
-            ``[tasks, steps, 2]``, float64, NaN where a task took fewer steps; None for solvers that
-            build none.
+        tridiagonal: Makes `lanczos`, which most callers never ask for.
         pairs: What the solver learned of the matrix, for its next use; None where nothing was asked
             to be kept.
     """
@@ -47,8 +46,17 @@ class LinearSolution:
     curvature_min: Tensor
     curvature_max: Tensor
     damping: Tensor | None = None
-    lanczos: Tensor | None = None
+    tridiagonal: Callable[[], Tensor] | None = None
     pairs: SecantPairs | None = None
+
+    @cached_property
+    def lanczos(self) -> Tensor | None:
+        """Diagonal and off-diagonal of the tridiagonal matrix that the solver built.
+
+        ``[tasks, steps, 2]``, float64, NaN where a task took fewer steps; None for solvers that
+        build none.
+        """
+        return None if self.tridiagonal is None else self.tridiagonal()
 
 
 class LinearSolver(ABC):
@@ -89,17 +97,20 @@ class LinearSolver(ABC):
         size = norm(rhs)
         least, most = torch.finfo(rhs.dtype).tiny ** 0.5, torch.finfo(rhs.dtype).max ** 0.5
         plain = all_between(least, size, most)
-        scales = _scales(rhs)
-        unit = _divided(rhs, scales)
+        # By the largest entry and by the length: their product may leave the range of the dtype.
+        usable = _same if plain else _usable
+        largest = usable(rhs.abs().amax(-1, keepdim=True))
+        unit = rhs / largest
+        length = usable(column(norm(unit), rhs))
+        unit = unit / length
         if not plain or start is not None:
             regular = (all_finite(rhs) & (size > 0)).unsqueeze(-1)
             unit = torch.where(regular, unit, 0.0)
             if start is not None:
-                start = torch.where(regular & start.isfinite(), _divided(start, scales), 0.0)
+                first = start / largest / length
+                start = torch.where(regular & start.isfinite(), first, 0.0)
         found = self._solve(Operator.of(matvec), unit, start)
-        value = found.value
-        for scale in reversed(scales):
-            value = value * scale
+        value = found.value * length * largest
         long = norm(value)
         if plain and all_between(least, long, most):
             return replace(found, value=value)
@@ -124,19 +135,13 @@ class LinearSolver(ABC):
         """Solve for right-hand sides of norm 1 or 0; zero ones return zero, CONVERGED."""
 
 
-def _scales(rhs: Tensor) -> list[Tensor]:
-    """Largest entry and norm of each row: their product may leave the range of the dtype."""
-    largest = rhs.abs().amax(-1, keepdim=True)
-    largest = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
-    length = norm(rhs / largest)
-    length = torch.where((length > 0) & length.isfinite(), length, 1.0)
-    return [largest, column(length, rhs)]
+def _same(scale: Tensor) -> Tensor:
+    return scale
 
 
-def _divided(rows: Tensor, scales: Sequence[Tensor]) -> Tensor:
-    for scale in scales:
-        rows = rows / scale
-    return rows
+def _usable(scale: Tensor) -> Tensor:
+    """The scale where one can divide by it, else 1."""
+    return torch.where((scale > 0) & scale.isfinite(), scale, 1.0)
 
 
 def relative_residual(operator: Operator, rhs: Tensor, value: Tensor) -> Tensor:

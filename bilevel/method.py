@@ -20,6 +20,7 @@ from .minimum import check_symmetry, distance, flag_bent, flag_curvature
 from .operator import Operator, SecantPairs
 from .point import ErrorEstimate, Point, corrected, estimate_error
 from .problem import Structure
+from .rows import all_between
 from .status import Status, marked, residual_status, worst
 
 __all__ = ["Estimate", "HypergradientMethod", "ImplicitMethod", "Start"]
@@ -98,6 +99,9 @@ class Estimate:
         status = self.inner.status
         if self.linear is not None:
             status = worst(status, self.linear.status)
+        values = [self.outer_value, *([self.inner_value] if self.has_inner_value else [])]
+        if all(all_between(-math.inf, value, math.inf) for value in values):
+            return status
         finite = self.outer_value.isfinite()
         if self.has_inner_value:
             finite = finite & self.inner_value.isfinite()

@@ -6,6 +6,7 @@ Negative curvature at a point proves that it is none, however well a linear solv
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -15,7 +16,7 @@ from .errors import StructureError
 from .linear_solver import LinearSolution
 from .linearised import LinearisedSystem
 from .operator import Operator, signs
-from .rows import column, dot, norm
+from .rows import all_between, column, dot, norm
 from .spectrum import extreme_eigenvalues
 from .status import Status, marked
 
@@ -30,6 +31,8 @@ def flag_curvature(operator: Operator, found: LinearSolution) -> LinearSolution:
     A solver that notes no curvature costs one product more, along the solution.
     """
     low, high = found.curvature_min, found.curvature_max
+    if all_between(0.0, low, math.inf):
+        return found
     if bool((low.isnan() & (found.steps > 0)).any()):
         size = norm(found.value)
         unit = found.value / column(torch.where(size > 0, size, 1.0), found.value)

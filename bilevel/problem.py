@@ -132,8 +132,15 @@ class BilevelProblem(ABC):
 
     @property
     def shares_evaluation(self) -> bool:
-        """`evaluate` is cheaper than its two parts."""
-        return type(self).evaluate is not BilevelProblem.evaluate
+        """`evaluate` is cheaper than its two parts, neither of which was changed after it."""
+        evaluate = self._depth("evaluate")
+        parts = min(self._depth("outer_objective"), self._depth("metrics"))
+        return evaluate <= parts and type(self).evaluate is not BilevelProblem.evaluate
+
+    def _depth(self, name: str) -> int:
+        """How many classes up from the instance a method is defined; 0: on the instance."""
+        homes = [self, *type(self).__mro__]
+        return next(i for i, home in enumerate(homes) if name in home.__dict__)
 
     @property
     def has_start(self) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NoReturn, TypeAlias
 
 import torch
@@ -30,6 +30,13 @@ def tree_flatten(tree: PyTree) -> tuple[list[Any], TreeSpec]:
     """Return the leaves of ``tree`` in a fixed order, and its structure."""
     if isinstance(tree, Tensor):
         return [tree], _LEAF
+    kind = type(tree)
+    # Data and parameters are most often one level of tensors, whose structure is known beforehand.
+    if kind is dict:
+        if all(isinstance(leaf, Tensor) for leaf in tree.values()):
+            return list(tree.values()), _one_level(dict, tuple(tree))
+    elif kind in (tuple, list) and all(isinstance(leaf, Tensor) for leaf in tree):
+        return list(tree), _one_level(kind, len(tree))
     return _torch_pytree.tree_flatten(tree)
 
 
@@ -38,7 +45,22 @@ def tree_unflatten(leaves: Sequence[Any], spec: TreeSpec) -> PyTree:
     if spec is _LEAF:
         (leaf,) = leaves
         return leaf
+    if spec.num_nodes == len(leaves) + 1:
+        if spec.type is tuple:
+            return tuple(leaves)
+        if spec.type is list:
+            return list(leaves)
+        if spec.type is dict:
+            return dict(zip(spec.context, leaves, strict=True))
     return _torch_pytree.tree_unflatten(list(leaves), spec)
+
+
+@lru_cache(maxsize=256)
+def _one_level(kind: type, places: Any) -> TreeSpec:
+    """The structure of a dict with those keys, or of a list or tuple of that length."""
+    return _torch_pytree.tree_flatten(
+        dict.fromkeys(places, 0) if kind is dict else kind((0,) * places)
+    )[1]
 
 
 def tree_leaves(tree: PyTree) -> list[Any]:
@@ -138,7 +160,7 @@ class VectorSpec:
         """Names of the leaves."""
         return tuple(leaf_names(tree_unflatten(range(len(self.sizes)), self.spec), self.root))
 
-    @property
+    @cached_property
     def n(self) -> int:
         """Length of the vector."""
         return sum(self.sizes)
@@ -177,6 +199,8 @@ class VectorSpec:
 
     def views(self, vector: Tensor) -> list[Tensor]:
         """`parts` of a vector without a graph, in half the time."""
+        if len(self.sizes) == 1:
+            return [vector.reshape((*vector.shape[:-1], *self.shapes[0]))]
         vector = vector.contiguous()
         lead, strides = vector.shape[:-1], vector.stride()[:-1]
         first = vector.storage_offset()

@@ -93,6 +93,8 @@ class Proximal:
         strength = self.strength(outer) if callable(self.strength) else self.strength
         if isinstance(strength, Tensor | int | float) and not _spreads(strength):
             return _tensor(strength, vector).reshape(())
+        if isinstance(strength, Tensor) and vector.shapes == (strength.shape,):
+            return _tensor(strength, vector).reshape(-1)
         example = vector.unflatten(torch.empty(vector.n, device="meta"))
         try:
             values = broadcast_prefix(strength, example, "Proximal's strength")
@@ -121,8 +123,11 @@ def check_strength(value: object, name: str) -> None:
         ValueError: It is not.
     """
     if isinstance(value, Tensor):
-        bad = not bool(((value >= 0) & value.isfinite()).all())
-        lowest: object = value.detach().min().item() if value.numel() else None
+        lowest: object = None
+        bad = False
+        if value.numel():
+            low, high = torch.stack(value.detach().aminmax()).tolist()  # of a NaN, NaN
+            bad, lowest = not (low >= 0 and math.isfinite(high)), low
     elif isinstance(value, int | float):
         bad, lowest = not (value >= 0 and math.isfinite(value)), value
     else:

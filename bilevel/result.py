@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -35,7 +36,7 @@ class SolveReport:
     steps: Tensor
     curvature: Tensor | None = None
     damping: Tensor | None = None
-    _lanczos: Tensor | None = field(default=None, repr=False)
+    _lanczos: Callable[[], Tensor] | None = field(default=None, repr=False)
 
     @cached_property
     def ritz(self) -> Tensor | None:
@@ -44,7 +45,7 @@ class SolveReport:
         They lie inside the spectrum of the inner Hessian and approach its ends from within, so that
         their ratio is a lower bound on the condition number. NaN where no step was taken.
         """
-        return None if self._lanczos is None else ritz_values(self._lanczos)
+        return None if self._lanczos is None else ritz_values(self._lanczos())
 
 
 @dataclass(frozen=True)

@@ -131,5 +131,5 @@ class StationarityGraph:
         return [slope for slope, _ in live], [part for _, part in live]
 
     def _regularized(self, product: Tensor, v: Tensor) -> Tensor:
-        strength = self.flat.strength
-        return product if strength is None else torch.addcmul(product, strength.detach(), v)
+        strength = self.flat.plain_strength
+        return product if strength is None else torch.addcmul(product, strength, v)

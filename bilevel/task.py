@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -114,7 +115,7 @@ class TaskBatch:
             object.__setattr__(self, "keys", (None,) * count)
         if self.weights is None:
             object.__setattr__(self, "weights", torch.ones(count, dtype=torch.float64))
-        elif not bool(((self.weights >= 0) & self.weights.isfinite()).all()):
+        elif not all(0.0 <= weight < math.inf for weight in self.weights.tolist()):
             raise ValueError("`weights` has a negative or non-finite entry; weights are ≥ 0")
 
     def _name(self, place: str | tuple[str, int]) -> str:

@@ -131,17 +131,6 @@ class Adaptation(BilevelProblem):
         prediction = self.predict(inner, outer, batch)
         return self.loss(prediction, outer, batch), self.scores(prediction.detach(), batch)
 
-    @property
-    def shares_evaluation(self) -> bool:
-        """Unless a subclass has an objective or metrics of its own, and no `evaluate` for them."""
-        if type(self).evaluate is not Adaptation.evaluate:
-            return True
-        own = any(
-            getattr(type(self), name) is not getattr(Adaptation, name) or name in self.__dict__
-            for name in ("outer_objective", "metrics")
-        )
-        return not own
-
     def metrics(self, inner: dict[str, Tensor], outer: PyTree, batch: Batch) -> dict[str, Tensor]:
         """`scores` of the prediction on the query batch."""
         return self.scores(self.predict(inner, outer, batch), batch)

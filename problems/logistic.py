@@ -74,8 +74,15 @@ class Logistic(BilevelProblem):
         self, inner: Tensor, outer: Tensor, batch: tuple[Tensor, Tensor]
     ) -> dict[str, Tensor]:
         """``accuracy`` on the outer batch."""
-        features, labels = batch
-        return {"accuracy": (labels * (features @ inner) > 0).to(features.dtype).mean()}
+        return self.evaluate(inner, outer, batch)[1]
+
+    def evaluate(
+        self, inner: Tensor, outer: Tensor, batch: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss on the validation rows and ``accuracy``, from one prediction."""
+        prediction = self.predict(inner, outer, batch)
+        right = batch[1] * prediction.detach() > 0
+        return self.loss(prediction, outer, batch), {"accuracy": right.to(inner.dtype).mean()}
 
     def smoothness(self, outer: Tensor, task: Task) -> Smoothness:
         """Constants where the inner objective is no larger than at w = 0; the loss is convex."""

@@ -66,7 +66,14 @@ class Ridge(BilevelProblem):
         self, inner: Tensor, outer: Tensor, batch: tuple[Tensor, Tensor]
     ) -> dict[str, Tensor]:
         """``mse``, the mean squared error on the outer batch."""
-        return {"mse": 2 * self.outer_objective(inner, outer, batch)}
+        return self.evaluate(inner, outer, batch)[1]
+
+    def evaluate(
+        self, inner: Tensor, outer: Tensor, batch: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Half the mean squared error on the validation rows, and ``mse``."""
+        value = self.outer_objective(inner, outer, batch)
+        return value, {"mse": 2 * value.detach()}
 
     def smoothness(self, outer: Tensor, task: Task) -> Smoothness:
         """Constants where the inner objective is no larger than at w = 0; the loss is convex."""

@@ -30,7 +30,7 @@ from bilevel.operator import MatVec, Operator
 from bilevel.preconditioner import Preconditioner
 from bilevel.problem import Structure
 from bilevel.registry import LINEAR_SOLVERS
-from bilevel.rows import Choice, all_between, column, dot
+from bilevel.rows import Choice, all_between, dot, plus
 
 from .curvature import Policy, repair
 from .cycles import Progress, check_settings, prepare, solve_in_cycles
@@ -120,7 +120,7 @@ class CG(LinearSolver):
         )
         return replace(
             found,
-            lanczos=None if lanczos is None else lanczos.table(),
+            tridiagonal=None if lanczos is None else lanczos.table,
             pairs=None if keeper is None else keeper.pairs(),
         )
 
@@ -137,10 +137,13 @@ def _cycle(
     rz = progress.rr if precondition is None else dot(progress.r, z)
     for _ in progress.rounds():
         ap = operator(p)
-        pap, pp = dot(p, ap), dot(p, p)
-        progress.observe(pap / pp)
+        pap = dot(p, ap)
         met = progress.active
-        if progress.everyone and all_between(0.0, pap, math.inf) and all_between(0.0, rz, math.inf):
+        sound = (
+            progress.everyone and all_between(0.0, pap, math.inf) and all_between(0.0, rz, math.inf)
+        )
+        progress.observe(pap / dot(p, p), sound=sound)
+        if sound:
             choose = Choice(met, everyone=True)
         else:
             choose = Choice(met & (pap > 0) & (pap < math.inf) & (rz > 0))
@@ -148,9 +151,8 @@ def _cycle(
             progress.indefinite = progress.indefinite | (met & (pap <= 0))
         alpha = rz / pap if choose.everyone else torch.where(met, rz / pap, 0.0)
         # A choice, not a product with alpha = 0: a failed task's NaN would spread over its row.
-        step = column(alpha, p)
-        x = torch.addcmul(progress.x, step, p)
-        r = torch.addcmul(progress.r, step, ap, value=-1)
+        x = plus(progress.x, alpha, p)
+        r = plus(progress.r, alpha, ap, -1.0)
         progress.step(choose, x, r)
         z = progress.r if precondition is None else precondition(progress.r)
         new = progress.rr if precondition is None else dot(progress.r, z)
@@ -160,5 +162,5 @@ def _cycle(
             lanczos.add_coefficients(met, alpha, beta)
         if keeper is not None:
             keeper.add(choose.tasks, p, ap)
-        p = choose(torch.addcmul(z, column(beta, p), p), p)
+        p = choose(plus(z, beta, p), p)
         rz = choose(new, rz)

@@ -47,6 +47,7 @@ class Progress:
         self._active = self.rr > floor**2
         self._rounds = 0
         self._quotients: list[Tensor] = []
+        self._sound = True
 
     @property
     def active(self) -> Tensor:
@@ -79,11 +80,17 @@ class Progress:
                     return
             yield k
 
-    def observe(self, quotient: Tensor) -> None:
-        """Note the Rayleigh quotients pᵀAp / pᵀp of the active tasks."""
+    def observe(self, quotient: Tensor, *, sound: bool = False) -> None:
+        """Note the Rayleigh quotients pᵀAp / pᵀp of the active tasks.
+
+        Args:
+            quotient: ``[tasks]``.
+            sound: All tasks are active, and all quotients known to be finite.
+        """
         if not self.everyone:
             quotient = quotient.masked_fill(~self._active, float("nan"))
         self._quotients.append(quotient)
+        self._sound = self._sound and sound
 
     @property
     def curvature(self) -> tuple[Tensor, Tensor]:
@@ -92,6 +99,8 @@ class Progress:
             nan = torch.full_like(self.rr, float("nan"))
             return nan, nan
         met = torch.stack(self._quotients)
+        if self._sound:
+            return met.aminmax(dim=0)
         low = met.nan_to_num(math.inf, math.inf, math.inf).amin(0)
         high = met.nan_to_num(-math.inf, -math.inf, -math.inf).amax(0)
         none = low == math.inf

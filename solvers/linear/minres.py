@@ -60,7 +60,7 @@ class MINRES(LinearSolver):
     def _solve(self, operator: Operator, rhs: Tensor, start: Tensor | None) -> LinearSolution:
         precondition = prepare(self.preconditioner, operator, rhs)
         found = minres(operator, rhs, start, precondition, self.max_steps, self.rtol)
-        return found if self.preconditioner is None else replace(found, lanczos=None)
+        return found if self.preconditioner is None else replace(found, tridiagonal=None)
 
 
 def minres(
@@ -79,7 +79,7 @@ def minres(
         lanczos.close()
 
     found = solve_in_cycles(cycle, operator, rhs, start, max_steps=max_steps, rtol=rtol)
-    return replace(found, lanczos=lanczos.table())
+    return replace(found, tridiagonal=lanczos.table)
 
 
 def _cycle(operator: Operator, precondition: MatVec, progress: Progress, lanczos: Lanczos) -> None:
