@@ -162,7 +162,7 @@ def assemble(
             counts=counts,
             unused=unused,
             failed=failed,
-            inner_distance=_all_of([part.estimate.distance for part in parts], in_order),
+            _distance=_made_later([part.estimate.distance for part in parts], order),
             derivative_residual=_all_of([part.estimate.derivative for part in parts], in_order),
             engine=tuple(engines),
             **_accuracy(parts, in_order),
@@ -299,6 +299,18 @@ def _report(
         damping,
         lanczos,
     )
+
+
+def _made_later(
+    makers: Sequence[Callable[[], Tensor] | None], order: Tensor | None
+) -> Callable[[], Tensor] | None:
+    """Makes what few callers ask for; None where a part has none."""
+    known = [make for make in makers if make is not None]
+    return partial(_made, known, order) if len(known) == len(makers) else None
+
+
+def _made(makers: Sequence[Callable[[], Tensor]], order: Tensor | None) -> Tensor:
+    return _in_order(order, [make() for make in makers])
 
 
 def _tables(tables: Sequence[Callable[[], Tensor]], order: Tensor | None) -> Tensor:

@@ -303,11 +303,9 @@ def _without_failed(
 
 def _warn_if_far(result: Hypergradient) -> None:
     """A tolerance in ‖∂_z G‖ has the objective's units: a small enough objective meets any."""
-    distance = result.diagnostics.inner_distance
-    if distance is None:
-        return
     converged = [s is Status.CONVERGED for s in result.diagnostics.inner.status]
-    if not any(converged):
+    distance = result.diagnostics.inner_distance if any(converged) else None
+    if distance is None:
         return
     far = (distance.cpu() > _FAR) & torch.tensor(converged)
     if bool(far.any()):

@@ -62,6 +62,11 @@ class LinearisedSystem:
         return self.graph.value
 
     @property
+    def residual(self) -> Tensor:
+        """‖F‖ for each task, float64 ``[tasks]``."""
+        return self.graph.norm
+
+    @property
     def inner_value(self) -> Tensor:
         """G ``[tasks]``, detached."""
         return self.graph.inner_value

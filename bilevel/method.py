@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -71,8 +73,8 @@ class Estimate:
         has_inner_value: False for an equilibrium, whose ``inner_value`` is NaN.
         derivative: How much of ∂_z f is left where differentiation begins ``[tasks]``; None for
             methods that do not unroll.
-        distance: How far the inner solution is at least, relative to its size ``[tasks]``; None
-            where no curvature was met.
+        distance: Makes how far the inner solution is at least, relative to its size ``[tasks]``;
+            None where no curvature was met.
         error: The estimate of the error, where it was asked for.
         bound: The certified relative error ``[tasks]``, where it was asked for.
         metrics: The problem's metrics at ``z``, ``[tasks]`` each, where they came with f; None: to
@@ -88,7 +90,7 @@ class Estimate:
     inner_depends: bool = True
     has_inner_value: bool = True
     derivative: Tensor | None = None
-    distance: Tensor | None = None
+    distance: Callable[[], Tensor] | None = None
     error: ErrorEstimate | None = None
     bound: Tensor | None = None
     metrics: dict[str, Tensor] | None = None
@@ -270,7 +272,7 @@ class ImplicitMethod(HypergradientMethod):
             any(leaf is not None for leaf in point.cross),
             distance=None
             if problem.is_equilibrium
-            else distance(point.z, residual, adjoint, flat.start),
+            else partial(distance, point.z, residual, adjoint, flat.start),
             error=self._error(point),
             bound=certified_bound(point) if self.error_bound else None,
             metrics=system.metrics,

@@ -74,7 +74,7 @@ class Point:
     @property
     def residual(self) -> Tensor:
         """‖F‖ for each task."""
-        return norm(self.system.stationarity.detach())
+        return self.system.residual
 
     @property
     def norm(self) -> Tensor:
@@ -116,7 +116,7 @@ def corrected(
     """The inner problem linearised at the Newton step; a task whose residual grew stays."""
     z, step = newton_step(system, operator, solver)
     ahead = linearise(system.flat, z)
-    before, after = (norm(one.stationarity.detach()) for one in (system, ahead))
+    before, after = system.residual, ahead.residual
     turned = _turned(system, ahead, step)
     good = (after <= before) & (step.status < Status.INDEFINITE) & (turned <= before)
     if bool(good.all()):

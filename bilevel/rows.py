@@ -71,9 +71,11 @@ def column(scalars: Tensor, like: Tensor) -> Tensor:
 
 def plus(a: Tensor, scalars: Tensor, b: Tensor, sign: float = 1.0) -> Tensor:
     """``a + sign · scalars · b``, row by row, in one pass."""
-    if len(scalars) == 1 and check_interval(scalars.device) == 1:
-        # The same bits: a number is read faster than a column of one is made.
-        return torch.add(a, b, alpha=sign * scalars.item())
+    if len(scalars) == 1 and check_interval(scalars.device) == 1 and b.itemsize >= 4:
+        number = scalars.item()
+        if abs(number) <= torch.finfo(b.dtype).max:
+            # The same bits: a number is read faster than a column of one is made.
+            return torch.add(a, b, alpha=sign * number)
     return torch.addcmul(a, column(scalars, b), b, value=sign)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -67,10 +68,12 @@ class StationarityGraph:
             if strength is not None:
                 offset = z - flat.center
                 pulled = strength * offset
-                value = value + pulled.detach()
-                inner_value = inner_value + 0.5 * (pulled * offset).detach().sum(-1)
-        flat.notes.setdefault("first_residual", norm(value))
-        return cls(flat, leaves, slopes, pulled, value, inner_value)
+                plain = pulled.detach()
+                value = value + plain
+                inner_value = inner_value + 0.5 * (plain * offset.detach()).sum(-1)
+        graph = cls(flat, leaves, slopes, pulled, value, inner_value)
+        flat.notes.setdefault("first_residual", graph.norm)
+        return graph
 
     def pull(self, v: Tensor) -> Tensor:
         """(∂_z F)ᵀ v, ``[tasks, n]``: for an inner objective, the product with its Hessian."""
@@ -126,9 +129,21 @@ class StationarityGraph:
 
     def _live(self, v: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """The slopes that have a graph, and the parts of v for them."""
-        pairs = zip(self.slopes, self.flat.parts(v), strict=True)
-        live = [(slope, part) for slope, part in pairs if slope.requires_grad]
-        return [slope for slope, _ in live], [part for _, part in live]
+        parts = self.flat.parts(v)
+        return self._bound, [parts[i] for i in self._places]
+
+    @cached_property
+    def _places(self) -> list[int]:
+        return [i for i, slope in enumerate(self.slopes) if slope.requires_grad]
+
+    @cached_property
+    def _bound(self) -> list[Tensor]:
+        return [self.slopes[i] for i in self._places]
+
+    @cached_property
+    def norm(self) -> Tensor:
+        """‖F‖ for each task, float64 ``[tasks]``."""
+        return norm(self.value)
 
     def _regularized(self, product: Tensor, v: Tensor) -> Tensor:
         strength = self.flat.plain_strength

@@ -135,14 +135,16 @@ def _cycle(
     """Iterate from the residual until no task is active."""
     z = p = progress.r if precondition is None else precondition(progress.r)
     rz = progress.rr if precondition is None else dot(progress.r, z)
+    ap = None
+    if precondition is None and keeper is None and lanczos is not None and progress.alone:
+        p, ap = _stride(operator, progress, lanczos, p)
+        rz = progress.rr
     for _ in progress.rounds():
-        ap = operator(p)
-        pap = dot(p, ap)
+        ap = operator(p) if ap is None else ap
+        pap, pp = dot(p, ap), dot(p, p)
         met = progress.active
-        sound = (
-            progress.everyone and all_between(0.0, pap, math.inf) and all_between(0.0, rz, math.inf)
-        )
-        progress.observe(pap / dot(p, p), sound=sound)
+        sound = progress.everyone and all(all_between(0.0, x, math.inf) for x in (pap, pp, rz))
+        progress.observe(pap / pp, sound=sound)
         if sound:
             choose = Choice(met, everyone=True)
         else:
@@ -162,5 +164,33 @@ def _cycle(
             lanczos.add_coefficients(met, alpha, beta)
         if keeper is not None:
             keeper.add(choose.tasks, p, ap)
-        p = choose(plus(z, beta, p), p)
+        p, ap = choose(plus(z, beta, p), p), None
         rz = choose(new, rz)
+
+
+def _stride(
+    operator: Operator, progress: Progress, lanczos: Lanczos, p: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Steps of a task that is alone, for as long as nothing unusual is met.
+
+    Its scalars are numbers, which cost less than tensors of one entry and have the same bits.
+    Returns the next direction, and its product where one was taken that only `_cycle` can judge.
+    """
+    x, r, rr = progress.x, progress.r, progress.rr.item()
+    most = torch.finfo(x.dtype).max
+    quotients: list[float] = []
+    ap = None
+    while progress.goes_on(rr, len(quotients)):
+        ap = operator(p)
+        pap, pp = dot(p, ap).item(), dot(p, p).item()
+        if not (0.0 < pap < math.inf and 0.0 < pp < math.inf and rr / pap < most):
+            break
+        quotients.append(pap / pp)
+        alpha = rr / pap
+        x, r = torch.add(x, p, alpha=alpha), torch.add(r, ap, alpha=-alpha)
+        rr, last = dot(r, r).item(), rr
+        beta = rr / last
+        lanczos.add_coefficients(True, alpha, beta)
+        p, ap = torch.add(r, p, alpha=beta) if beta < most else r * beta, None
+    progress.strode(x, r, rr, quotients)
+    return p, ap

@@ -7,7 +7,7 @@ does not hold, a new cycle begins from there. A solver writes the cycle alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -124,6 +124,29 @@ class Progress:
         else:
             going = choose.tasks & (self.rr > self.floor**2)
             self.active = going & (self.steps < self.max_steps)
+
+    # A task alone on a device that answers at once: its steps in numbers
+
+    @property
+    def alone(self) -> bool:
+        """There is one task, and asking for its numbers is free."""
+        # Products of half numbers with a number are rounded otherwise.
+        return len(self.x) == 1 and check_interval(self.x.device) == 1 and self.x.itemsize >= 4
+
+    def goes_on(self, rr: float, steps: int) -> bool:
+        """Whether the task iterates after so many steps more, with that ‖r‖²."""
+        return self.floor**2 < rr < math.inf and self._rounds + steps < self.max_steps
+
+    def strode(self, x: Tensor, r: Tensor, rr: float, quotients: Sequence[float]) -> None:
+        """Note steps taken in numbers, one for each Rayleigh quotient."""
+        if not quotients:
+            return
+        self.x, self.r = x, r
+        self.rr = torch.tensor([rr], dtype=torch.float64)
+        self.steps = self.steps + len(quotients)
+        self._rounds += len(quotients)
+        self._quotients += torch.tensor([[min(quotients)], [max(quotients)]], dtype=torch.float64)
+        self.active = (self.rr > self.floor**2) & (self.steps < self.max_steps)
 
 
 def solve_in_cycles(

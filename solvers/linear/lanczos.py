@@ -5,29 +5,33 @@ Its eigenvalues, the Ritz values, approximate those of A, the extreme ones first
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 
 __all__ = ["Lanczos", "smallest_ritz_value"]
 
 _MOST_STEPS = 128
+Scalars: TypeAlias = Tensor | float
 
 
 class Lanczos:
     """Records the tridiagonal matrix of each task, for the first steps of the first cycle."""
 
     def __init__(self, like: Tensor) -> None:
-        self._none = like.new_zeros(len(like), 0, 2, dtype=torch.float64)
-        self._steps: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._tasks, self._device = len(like), like.device
+        self._steps: list[tuple[Scalars, Scalars, Scalars]] = []
         self._of_cg = False
         self._open = True
 
-    def add(self, tasks: Tensor, diagonal: Tensor, off_diagonal: Tensor) -> None:
-        """Note one step of those tasks, scalars ``[tasks]``."""
+    def add(self, tasks: Scalars, diagonal: Scalars, off_diagonal: Scalars) -> None:
+        """Note one step of those tasks, scalars ``[tasks]``, or numbers of a task alone."""
         if self._open and len(self._steps) < _MOST_STEPS:
             self._steps.append((tasks, diagonal, off_diagonal))
 
-    def add_coefficients(self, tasks: Tensor, alpha: Tensor, beta: Tensor) -> None:
+    def add_coefficients(self, tasks: Scalars, alpha: Scalars, beta: Scalars) -> None:
         """Note α and β of one step of conjugate gradients, which tell the entries."""
         self._of_cg = True
         self.add(tasks, alpha, beta)
@@ -39,12 +43,19 @@ class Lanczos:
     def table(self) -> Tensor:
         """``[tasks, steps, 2]``: diagonal, and off-diagonal to the next step; NaN past the end."""
         if not self._steps:
-            return self._none
-        tasks, first, second = (torch.stack(one, 1) for one in zip(*self._steps, strict=True))
+            return torch.zeros(self._tasks, 0, 2, dtype=torch.float64, device=self._device)
+        tasks, first, second = (_stacked(one) for one in zip(*self._steps, strict=True))
         if self._of_cg:
             carried = torch.nn.functional.pad((second / first)[:, :-1], (1, 0))
             first, second = 1.0 / first + carried, second.sqrt() / first
         return torch.where(tasks.unsqueeze(-1), torch.stack([first, second], -1), float("nan"))
+
+
+def _stacked(steps: Sequence[Scalars]) -> Tensor:
+    kind = torch.bool if isinstance(steps[0], bool) else torch.float64
+    return torch.stack(
+        [x if isinstance(x, Tensor) else torch.tensor([x], dtype=kind) for x in steps], 1
+    )
 
 
 def smallest_ritz_value(table: Tensor) -> Tensor:
