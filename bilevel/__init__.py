@@ -31,6 +31,7 @@ from .errors import (
 )
 from .hypergradient import hypergradient
 from .inner_solver import InnerSolver
+from .kernels import Kernels
 from .linear_solver import LinearSolution, LinearSolver
 from .method import Estimate, HypergradientMethod, ImplicitMethod
 from .minimize import Minimum, OuterStatus, OuterStep, minimize
@@ -71,6 +72,7 @@ __all__ = [
     "InPlaceError",
     "InnerSolution",
     "InnerSolver",
+    "Kernels",
     "LeafCheck",
     "LinearSolution",
     "LinearSolver",

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .clock import seconds_of
 from .flat import FlatProblem, Outer, stacking_of
+from .kernels import Kernels
 from .linearised import linearise
 from .probe import probe
 from .problem import BilevelProblem
@@ -56,6 +57,7 @@ def chunk_size(
     inner: PyTree,
     engine: Engine,
     task_chunk: int | None,
+    kernels: Kernels | None = None,
 ) -> int:
     """How many tasks are stacked at a time."""
     most = min(tasks.count, task_chunk or tasks.count)
@@ -65,9 +67,11 @@ def chunk_size(
         return most
     few = min(_TRIED, most)
     remembered = stacking_of(problem).one_by_one
-    key = (few, _shapes(outer.leaves), _shapes([*tasks.tensors, *tree_leaves(inner)]))
+    key = (few, kernels, _shapes(outer.leaves), _shapes([*tasks.tensors, *tree_leaves(inner)]))
     if key not in remembered:
-        stacked, single = (_flat(problem, outer, tasks, inner, count) for count in (few, 1))
+        stacked, single = (
+            _flat(problem, outer, tasks, inner, count, kernels) for count in (few, 1)
+        )
         remembered[key] = few * _least_seconds(single) < _least_seconds(stacked)
     if remembered[key]:
         return 1
@@ -80,10 +84,15 @@ def _shapes(leaves: Iterable[Any]) -> Any:
 
 
 def _flat(
-    problem: BilevelProblem, outer: Outer, tasks: TaskBatch, inner: PyTree, count: int
+    problem: BilevelProblem,
+    outer: Outer,
+    tasks: TaskBatch,
+    inner: PyTree,
+    count: int,
+    kernels: Kernels | None,
 ) -> FlatProblem:
     start = None if inner is None else tree_map(lambda x: x[:count], inner)
-    flat = FlatProblem.of(problem, outer, tasks.part(0, count), start)
+    flat = FlatProblem.of(problem, outer, tasks.part(0, count), start, kernels)
     probe(flat)
     return flat
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .errors import InPlaceError, ObjectiveError
+from .kernels import Kernels
 from .problem import BilevelProblem
 from .pytree import (
     PyTree,
@@ -104,6 +105,7 @@ class FlatProblem:
         start_is_constant: Whether it was given, rather than a function of ``outer``.
         step: The inner step whose batch is used; `LINEARISED` for residuals and linearisation.
         differentiable: Whether gradients keep their graph.
+        kernels: How gradients and products are computed.
         counts: Evaluations so far, shared by all copies: ``gradients``, ``products``, ``values``,
             each counted once per task.
         notes: ``first_residual``: norm of the first stationarity evaluated, ``[tasks]``.
@@ -118,12 +120,18 @@ class FlatProblem:
     start_is_constant: bool = False
     step: int = LINEARISED
     differentiable: bool = False
+    kernels: Kernels = field(default_factory=Kernels)
     counts: Counter[str] = field(default_factory=Counter)
     notes: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, problem: BilevelProblem, outer: Outer, tasks: TaskBatch, inner: PyTree = None
+        cls,
+        problem: BilevelProblem,
+        outer: Outer,
+        tasks: TaskBatch,
+        inner: PyTree = None,
+        kernels: Kernels | None = None,
     ) -> FlatProblem:
         """Lay out the problem: find the inner variable's structure from its initial point.
 
@@ -133,6 +141,7 @@ class FlatProblem:
             tasks: The stacked tasks.
             inner: A constant point to start from instead of `initial_inner`, with a leading
                 dimension of tasks.
+            kernels: How gradients and products are computed; None: `Kernels()`.
         """
         stacking = stacking_of(problem)
         # Until the problem was looked at once, a function may still write to its arguments.
@@ -148,7 +157,16 @@ class FlatProblem:
                     "starting point per task, stacked along dimension 0"
                 )
             start = start.detach()
-        flat = cls(problem, trial, tasks, vector, stacking, start, inner is not None)
+        flat = cls(
+            problem,
+            trial,
+            tasks,
+            vector,
+            stacking,
+            start,
+            start_is_constant=inner is not None,
+            kernels=kernels or Kernels(),
+        )
         if problem.regularizer is not None and not stacking.probed:
             # Checked against the inner variable here, not in a solver.
             flat._strength, flat._center  # noqa: B018

@@ -15,6 +15,7 @@ from .engine import Engine, check_engine, chunk_size
 from .errors import BilevelWarning, InPlaceError
 from .flat import FlatProblem, Outer
 from .inner_solver import InnerSolver
+from .kernels import Kernels
 from .method import Estimate, HypergradientMethod, Start
 from .probe import probe
 from .problem import BilevelProblem
@@ -41,6 +42,7 @@ def hypergradient(
     reduction: Literal["mean", "none"] = "mean",
     engine: Engine = "batched",
     task_chunk: int | None = None,
+    kernels: Kernels | None = None,
 ) -> Hypergradient:
     r"""Compute the hypergradient of $F(x) = f(x, z^\star(x))$, the mean over tasks.
 
@@ -67,6 +69,8 @@ def hypergradient(
             problem, device and shape; on a CPU it stacks 8 tasks at a time. The two differ by
             rounding, so that ``"auto"`` may give other bits in another process.
         task_chunk: Stack at most so many tasks at a time, which bounds memory; None: all.
+        kernels: Compilation, precision of the inner steps, and how products are computed; None:
+            `Kernels()`, nothing of the kind.
 
     Raises:
         SolveError: No task has a usable hypergradient; nothing is returned.
@@ -105,6 +109,7 @@ def hypergradient(
         reduction=reduction,
         engine=engine,
         task_chunk=task_chunk,
+        kernels=kernels,
     )
     _warn_if_far(result)
     return result
@@ -122,6 +127,7 @@ def compute(
     reduction: Literal["mean", "none"] = "mean",
     engine: Engine = "batched",
     task_chunk: int | None = None,
+    kernels: Kernels | None = None,
 ) -> Hypergradient:
     """`hypergradient` for callers that choose the tolerance of the inner solver themselves."""
     if reduction not in ("mean", "none"):
@@ -138,7 +144,7 @@ def compute(
     parts: list[list[Part]] = []
     engines: list[Engine] = []
     for i, one in enumerate(groups):
-        size = chunk_size(problem, variable, one.tasks, one.inner, engine, task_chunk)
+        size = chunk_size(problem, variable, one.tasks, one.inner, engine, task_chunk, kernels)
         engines.append("loop" if size == 1 < one.tasks.count else "batched")
         start = _start(state, i)
         parts.append(
@@ -150,6 +156,7 @@ def compute(
                     inner_solver,
                     method,
                     start.part(first, first + size),
+                    kernels,
                     per_task=reduction == "none",
                 )
                 for first in range(0, one.tasks.count, size)
@@ -235,12 +242,13 @@ def _group_hypergradient(
     inner_solver: InnerSolver | None,
     method: HypergradientMethod,
     start: Start,
+    kernels: Kernels | None,
     *,
     per_task: bool,
 ) -> Part:
     data = one.tasks.tensors
     before = [tensor._version for tensor in data]
-    flat = FlatProblem.of(problem, outer, one.tasks, one.inner)
+    flat = FlatProblem.of(problem, outer, one.tasks, one.inner, kernels)
     probe(flat)
     for name, value in (("inner", start.inner), ("adjoint", start.adjoint)):
         if value is not None and value.shape != flat.start.shape:

@@ -34,9 +34,9 @@ def tree_flatten(tree: PyTree) -> tuple[list[Any], TreeSpec]:
     # Data and parameters are most often one level of tensors, whose structure is known beforehand.
     if kind is dict:
         if all(isinstance(leaf, Tensor) for leaf in tree.values()):
-            return list(tree.values()), _one_level(dict, tuple(tree))
+            return list(tree.values()), _one_level("dict", tuple(tree))
     elif kind in (tuple, list) and all(isinstance(leaf, Tensor) for leaf in tree):
-        return list(tree), _one_level(kind, len(tree))
+        return list(tree), _one_level(kind.__name__, len(tree))
     return _torch_pytree.tree_flatten(tree)
 
 
@@ -56,11 +56,14 @@ def tree_unflatten(leaves: Sequence[Any], spec: TreeSpec) -> PyTree:
 
 
 @lru_cache(maxsize=256)
-def _one_level(kind: type, places: Any) -> TreeSpec:
+def _one_level(kind: str, places: Any) -> TreeSpec:
     """The structure of a dict with those keys, or of a list or tuple of that length."""
-    return _torch_pytree.tree_flatten(
-        dict.fromkeys(places, 0) if kind is dict else kind((0,) * places)
-    )[1]
+    makers: dict[str, Callable[[], PyTree]] = {
+        "dict": lambda: dict.fromkeys(places, 0),
+        "list": lambda: [0] * places,
+        "tuple": lambda: (0,) * places,
+    }
+    return _torch_pytree.tree_flatten(makers[kind]())[1]
 
 
 def tree_leaves(tree: PyTree) -> list[Any]:

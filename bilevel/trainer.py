@@ -17,6 +17,7 @@ from .errors import SolveError
 from .flat import Outer
 from .hypergradient import hypergradient
 from .inner_solver import InnerSolver
+from .kernels import Kernels
 from .method import HypergradientMethod
 from .problem import BilevelProblem
 from .pytree import PyTree, tree_unflatten
@@ -63,6 +64,8 @@ class Trainer:
         engine: How stacked tasks are run, as in `hypergradient`. What ``"auto"`` finds at the first
             step holds for the others, and for a training that is resumed.
         task_chunk: Stack at most so many tasks at a time; None: all.
+        kernels: Compilation, precision of the inner steps, and how products are computed, as in
+            `hypergradient`.
 
     Example:
         >>> import torch
@@ -97,6 +100,7 @@ class Trainer:
     on_failure: Literal["raise", "skip", "mean"] = "raise"
     engine: Engine = "batched"
     task_chunk: int | None = None
+    kernels: Kernels | None = None
 
     def __post_init__(self) -> None:
         if self.on_failure not in ("raise", "skip", "mean"):
@@ -247,6 +251,7 @@ class Training:
             state=self._kept.state(task),
             engine=self._engine,
             task_chunk=trainer.task_chunk if self._engine != "loop" else None,
+            kernels=trainer.kernels,
         )
         found = set(result.diagnostics.engine)
         if self._engine == "auto" and len(found) == 1:

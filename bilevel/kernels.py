@@ -1,0 +1,44 @@
+"""How the gradients of the inner objective and the products with its Hessian are computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+__all__ = ["Kernels"]
+
+Precision: TypeAlias = Literal["full", "tf32", "bf16"]
+Products: TypeAlias = Literal["kept", "recomputed"]
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Trades of time, memory and digits; the hypergradient's formula stays as it is.
+
+    Args:
+        compile: Compile the gradient of the inner objective with `torch.compile`, once for each
+            problem and shape, which takes seconds to minutes. It pays where operations are small
+            and steps many. The objective must be free of graph breaks.
+        precision: Of the inner solver's steps: ``"full"``, ``"tf32"`` (on CUDA, for float32) or
+            ``"bf16"`` (by autocast, which chooses the operations). Residuals, curvature products
+            and the adjoint solve keep the full precision in any case.
+        products: ``"kept"``: the graph of the gradient is kept, and each product is one pull
+            through it. ``"recomputed"``: nothing is kept, and each product evaluates the gradient
+            again, which takes about twice the time.
+
+    Raises:
+        ValueError: A setting is unknown; it is named.
+    """
+
+    compile: bool = False
+    precision: Precision = "full"
+    products: Products = "kept"
+
+    def __post_init__(self) -> None:
+        for name, known in (("precision", Precision), ("products", Products)):
+            value = getattr(self, name)
+            if value not in get_args(known):
+                choices = ", ".join(repr(one) for one in get_args(known))
+                raise ValueError(f"`{name}` is {value!r}; pass one of {choices}")
+        if not isinstance(self.compile, bool):
+            raise ValueError(f"`compile` is {self.compile!r}; pass True or False")
