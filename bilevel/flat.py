@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .compiled import Gradient, compiled_gradient
 from .errors import InPlaceError, ObjectiveError
 from .kernels import Kernels
 from .problem import BilevelProblem
@@ -282,11 +283,15 @@ class FlatProblem:
 
     def _plain_gradient(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """The inner objective and its gradient, without the regularizer and without a graph."""
+        if self.kernels.compile:
+            with torch.no_grad():
+                values, slopes = self.compiled(self.parts(z.detach()))
+            return values, self.joined(slopes)
         tree, leaves = self.cut(z)
         with torch.enable_grad():
             values = self.call("inner_objective", tree, self.batch)
             ones = torch.ones_like(values)
-            slopes = torch.autograd.grad(values, leaves, ones, materialize_grads=True)
+            slopes = list(torch.autograd.grad(values, leaves, ones, materialize_grads=True))
         return values.detach(), self.joined(slopes)
 
     def outer_value(self, z: Tensor) -> Tensor:
@@ -351,6 +356,11 @@ class FlatProblem:
             self.count,
             known_as or name,
         )
+
+    @cached_property
+    def compiled(self) -> Gradient:
+        """The compiled gradient of the inner objective, at such leaves."""
+        return compiled_gradient(self)
 
     @property
     def strength(self) -> Tensor | None:

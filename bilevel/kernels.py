@@ -18,7 +18,10 @@ class Kernels:
     Args:
         compile: Compile the gradient of the inner objective with `torch.compile`, once for each
             problem and shape, which takes seconds to minutes. It pays where operations are small
-            and steps many. The objective must be free of graph breaks.
+            and steps many. The objective must be free of graph breaks. True: by PyTorch's default
+            backend; or the name of another one, such as ``"cudagraphs"``, which only captures
+            kernels, or ``"aot_eager"``, which needs no compiler. Steps that are unrolled are not
+            compiled.
         precision: Of the inner solver's steps: ``"full"``, ``"tf32"`` (on CUDA, for float32) or
             ``"bf16"`` (by autocast, which chooses the operations). Residuals, curvature products
             and the adjoint solve keep the full precision in any case.
@@ -30,7 +33,7 @@ class Kernels:
         ValueError: A setting is unknown; it is named.
     """
 
-    compile: bool = False
+    compile: bool | str = False
     precision: Precision = "full"
     products: Products = "kept"
 
@@ -40,5 +43,5 @@ class Kernels:
             if value not in get_args(known):
                 choices = ", ".join(repr(one) for one in get_args(known))
                 raise ValueError(f"`{name}` is {value!r}; pass one of {choices}")
-        if not isinstance(self.compile, bool):
-            raise ValueError(f"`compile` is {self.compile!r}; pass True or False")
+        if not isinstance(self.compile, bool | str) or self.compile == "":
+            raise ValueError(f"`compile` is {self.compile!r}; pass True, False or a backend's name")

@@ -28,6 +28,9 @@ class Stacking:
     native_norms: set[str] = field(default_factory=set)
     probed: set[Any] = field(default_factory=set)
     one_by_one: dict[Any, bool] = field(default_factory=dict)
+    inner_uses_outer: bool = False
+    compiled: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    compared: set[str] = field(default_factory=set)
 
     def __call__(
         self,

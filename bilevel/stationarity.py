@@ -7,7 +7,7 @@ added by its formula: autograd sees the objective alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -48,7 +48,10 @@ class StationarityGraph:
         z = z.detach()
         with torch.enable_grad(), full_precision(z.device):
             tree, leaves = flat.cut(z)
-            if flat.problem.is_equilibrium:
+            if flat.kernels.compile:
+                values, slopes = flat.compiled(leaves)
+                inner_value = values.detach()
+            elif flat.problem.is_equilibrium:
                 found = tree_leaves(
                     flat.vector.matched(flat.call("stationarity", tree, flat.batch))
                 )
@@ -117,6 +120,11 @@ class StationarityGraph:
     def cross(self, v: Tensor) -> list[Tensor | None]:
         """(∂_x F)ᵀ v, one tensor for each outer leaf, None where F does not depend on it."""
         outputs, weights = self._live(v)
+        if self.flat.kernels.compile:
+            if self.flat.stacking.inner_uses_outer:
+                # The compiled gradient takes the outer variable for a constant.
+                return self._not_compiled.cross(v)
+            outputs, weights = [], []
         if self.pulled is not None and self.pulled.requires_grad:
             outputs, weights = [*outputs, self.pulled], [*weights, v]
         outer = self.flat.outer.leaves
@@ -139,6 +147,11 @@ class StationarityGraph:
     @cached_property
     def _bound(self) -> list[Tensor]:
         return [self.slopes[i] for i in self._places]
+
+    @cached_property
+    def _not_compiled(self) -> StationarityGraph:
+        flat = replace(self.flat, kernels=replace(self.flat.kernels, compile=False))
+        return StationarityGraph.at(flat, flat.joined([leaf.detach() for leaf in self.leaves]))
 
     @cached_property
     def norm(self) -> Tensor:
