@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from .errors import ObjectiveError
 from .pytree import PyTree, tree_flatten, tree_unflatten
+from .rows import ones_for
 
 if TYPE_CHECKING:
     from .flat import FlatProblem
@@ -55,10 +57,10 @@ def compiled_gradient(flat: FlatProblem) -> Gradient:
     if place not in known:
         stacked = (0, 0 if per_task else None, 0)
         known[place] = _compiled(flat, stacked, outer_spec, batch_spec, constants)
-    function = known[place]
+    function, others = known[place], (tuple(outer), tuple(data))
 
     def gradient(leaves: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        found = _called(function, (tuple(leaves), tuple(outer), tuple(data)))
+        found = _called(function, tuple(leaves), *others)
         values: Tensor = found[0]
         return (values.unsqueeze(0) if count == 1 else values), list(found[1])
 
@@ -124,15 +126,16 @@ def _compiled(
     return compiled
 
 
-def _called(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+def _called(function: Callable[..., Any], leaves: tuple[Tensor, ...], *others: Any) -> Any:
     # Imported here: the compiler takes seconds to import.
     from torch._dynamo.exc import TorchDynamoException
     from torch._functorch import config
 
+    kept = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
     try:
         # The graph of the slopes is pulled through many times.
-        with config.patch(donated_buffer=False):
-            return function(*arguments)
+        with config.patch(donated_buffer=False) if kept else nullcontext():
+            return function(leaves, *others)
     except TorchDynamoException as error:
         reason = next(line for line in str(error).splitlines() if line.strip())
         raise ObjectiveError(
@@ -151,8 +154,7 @@ def _compare(flat: FlatProblem, gradient: Gradient) -> None:
     tree, leaves = plain.cut(plain.start)
     with torch.enable_grad():
         values = plain.call(_NAME, tree, plain.batch)
-        ones = torch.ones_like(values)
-        wanted = torch.autograd.grad(values, leaves, ones, materialize_grads=True)
+        wanted = torch.autograd.grad(values, leaves, ones_for(values), materialize_grads=True)
     with torch.no_grad():
         _, found = gradient([leaf.detach() for leaf in leaves])
     gap, size = (

@@ -28,7 +28,7 @@ from .pytree import (
     tree_unflatten,
 )
 from .regularizer import Proximal, check_strength
-from .rows import norm
+from .rows import norm, ones_for
 from .stacking import Stacking
 from .stream import LINEARISED, Stream
 from .task import TaskBatch
@@ -265,8 +265,7 @@ class FlatProblem:
             # reverse-differentiating vmap(grad) is wrong for normalisation layers.
             with torch.enable_grad():
                 values = self._objective(z)
-                ones = torch.ones_like(values)
-                (gradient,) = torch.autograd.grad(values, z, ones, create_graph=True)
+                (gradient,) = torch.autograd.grad(values, z, ones_for(values), create_graph=True)
             value = values.detach()
         else:
             value, gradient = self._plain_gradient(z)
@@ -290,8 +289,9 @@ class FlatProblem:
         tree, leaves = self.cut(z)
         with torch.enable_grad():
             values = self.call("inner_objective", tree, self.batch)
-            ones = torch.ones_like(values)
-            slopes = list(torch.autograd.grad(values, leaves, ones, materialize_grads=True))
+            slopes = list(
+                torch.autograd.grad(values, leaves, ones_for(values), materialize_grads=True)
+            )
         return values.detach(), self.joined(slopes)
 
     def outer_value(self, z: Tensor) -> Tensor:
@@ -349,10 +349,11 @@ class FlatProblem:
 
     def call(self, name: str, inner: PyTree, batch: PyTree, known_as: str | None = None) -> Any:
         """One of the problem's functions at such leaves, for all tasks."""
+        several = self.count > 1
         return self.stacking(
             getattr(self.problem, name),
-            (inner, self.outer.tree, batch),
-            (self.count > 1, self.outer.per_task, True),
+            (inner, self.outer.tree, batch if several else self.tasks.alone(batch)),
+            (several, self.outer.per_task, several),
             self.count,
             known_as or name,
         )

@@ -127,12 +127,14 @@ class InnerSolver(ABC):
             z, state = self._step(flat.at(step), carry.z, carry.state)
             if stop:
                 z = choose(carry.active, z, carry.z)
-            steps, active = carry.steps + carry.active, carry.active
+            active = carry.active
+            # Where no task stops, steps are counted once at the end.
+            steps = carry.steps + active if stop else carry.steps
             if stop and (step + 1) % self.check_every == 0:
                 assert self.tol is not None
                 active = active & (self._residual(flat, z, state) > self.tol)
             carry = Carry(z, state, active, steps)
-        return carry
+        return carry if stop else replace(carry, steps=carry.steps + max(last - first, 0))
 
     def solve(self, flat: FlatProblem, z: Tensor | None = None) -> Carry:
         """All steps, without any graph."""

@@ -21,7 +21,7 @@ from .gauss_newton import gauss_newton
 from .graph import reaches
 from .operator import Operator
 from .problem import Structure
-from .rows import column, full_precision
+from .rows import column, full_precision, ones_for
 from .stacking import randomness_message
 from .stationarity import StationarityGraph
 
@@ -121,8 +121,9 @@ def outer_at(flat: FlatProblem, z: Tensor) -> tuple[Tensor, dict[str, Tensor] | 
         value, metrics = flat.evaluate_at(inner)
         if not value.requires_grad:
             return value, metrics, torch.zeros_like(z)
-        ones = torch.ones_like(value)
-        slopes = torch.autograd.grad(value, leaves, ones, retain_graph=True, materialize_grads=True)
+        slopes = torch.autograd.grad(
+            value, leaves, ones_for(value), retain_graph=True, materialize_grads=True
+        )
     return value, metrics, flat.joined(slopes)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 __all__ = ["Choice", "all_between", "all_finite", "check_interval", "choose", "column", "dot"]
-__all__ += ["finite_rows", "full_precision", "norm", "plus"]
+__all__ += ["finite_rows", "full_precision", "norm", "ones_for", "plus"]
 
 _SHORTEST, _LONGEST = 1e-140, 1e140
 
@@ -35,6 +35,11 @@ def norm(a: Tensor) -> Tensor:
     scale = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
     scaled: Tensor = torch.linalg.vector_norm(a / scale, dim=-1) * scale.squeeze(-1)
     return torch.where(sound, plain, scaled)
+
+
+def ones_for(values: Tensor) -> Tensor | None:
+    """Gradients of a sum ask for ones; of a single number PyTorch makes them itself, faster."""
+    return None if values.numel() == 1 else torch.ones_like(values)
 
 
 def all_between(low: float, scalars: Tensor, high: float) -> bool:

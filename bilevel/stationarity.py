@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .flat import FlatProblem
 from .pytree import tree_leaves
-from .rows import full_precision, norm
+from .rows import full_precision, norm, ones_for
 
 __all__ = ["StationarityGraph"]
 
@@ -59,10 +59,9 @@ class StationarityGraph:
                 inner_value = z.new_full((flat.count,), float("nan"))
             else:
                 values = flat.call("inner_objective", tree, flat.batch)
-                ones = torch.ones_like(values)
                 slopes = list(
                     torch.autograd.grad(
-                        values, leaves, ones, create_graph=True, materialize_grads=True
+                        values, leaves, ones_for(values), create_graph=True, materialize_grads=True
                     )
                 )
                 inner_value = values.detach()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -131,6 +131,18 @@ class TaskBatch:
     def tensors(self) -> list[Tensor]:
         """The tensors of its data; what a `Stream` draws is not among them."""
         return [leaf for leaf in tree_leaves(_data(self)) if isinstance(leaf, Tensor)]
+
+    def alone(self, batch: PyTree) -> PyTree:
+        """The batch of a single task, without the dimension of tasks; known for its own data."""
+        if batch is self.inner_batch:
+            return self._alone[0]
+        return self._alone[1] if batch is self.outer_batch else _without_tasks(batch)
+
+    @cached_property
+    def _alone(self) -> tuple[PyTree, PyTree]:
+        drawn = isinstance(self.inner_batch, Stream)
+        inner = None if drawn else _without_tasks(self.inner_batch)
+        return inner, _without_tasks(self.outer_batch)
 
     def select(self, index: Tensor) -> TaskBatch:
         """The tasks at ``index`` (``[k]``, int64), in that order."""
@@ -292,6 +304,16 @@ def _slice(tree: PyTree, first: int, last: int) -> PyTree:
         return x.index_select(0, torch.arange(first, min(last, len(x)), device=x.device))
 
     return tree_map(cut, tree)
+
+
+def _without_tasks(tree: PyTree) -> PyTree:
+    def first(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        # A view: `select` on dimension 0 of size 1 costs a full copy backward. Sparse have none.
+        return x.squeeze(0) if x.layout == torch.strided else x[0]
+
+    return tree_map(first, tree)
 
 
 def _to(tree: PyTree, *args: Any, **kwargs: Any) -> PyTree:

@@ -101,9 +101,7 @@ def test_what_the_compiler_cannot_follow_is_refused():
         return ((z - x) ** 2).sum()
 
     problem = problem_from(inner, lambda z, x, batch: z.sum(), Proximal(1.0))
-    with pytest.raises(
-        errors.ObjectiveError, match=r"cannot be compiled .*compile=False"
-    ):
+    with pytest.raises(errors.ObjectiveError, match=r"cannot be compiled .*compile=False"):
         gradient(problem, torch.zeros(2, dtype=F64))
 
 
