@@ -51,9 +51,7 @@ class Task:
         """
         if not tasks:
             raise ValueError("`tasks` is empty; stack at least one task")
-        device = next(
-            (x.device for x in tree_leaves(_data(tasks[0])) if isinstance(x, Tensor)), None
-        )
+        device = next((x.device for x in _leaves(tasks[0]) if isinstance(x, Tensor)), None)
         return TaskBatch(
             _stack([task.inner_batch for task in tasks], "inner_batch"),
             _stack([task.outer_batch for task in tasks], "outer_batch"),
@@ -130,7 +128,7 @@ class TaskBatch:
     @property
     def tensors(self) -> list[Tensor]:
         """The tensors of its data; what a `Stream` draws is not among them."""
-        return [leaf for leaf in tree_leaves(_data(self)) if isinstance(leaf, Tensor)]
+        return [leaf for leaf in _leaves(self) if isinstance(leaf, Tensor)]
 
     def alone(self, batch: PyTree) -> PyTree:
         """The batch of a single task, without the dimension of tasks; known for its own data."""
@@ -207,6 +205,11 @@ def positions_by_shape(tasks: Sequence[Task]) -> list[list[int]]:
             raise ValueError(f"`task[{i}]` is a {type(task).__name__}; a list holds Task objects")
         groups.setdefault(_signature(task), []).append(i)
     return list(groups.values())
+
+
+def _leaves(task: Task | TaskBatch) -> list[Any]:
+    inner = None if isinstance(task.inner_batch, Stream) else task.inner_batch
+    return [*tree_leaves(inner), *tree_leaves(task.outer_batch)]
 
 
 def _data(task: Task | TaskBatch) -> PyTree:

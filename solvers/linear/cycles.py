@@ -145,7 +145,8 @@ class Progress:
         self.rr = torch.tensor([rr], dtype=torch.float64)
         self.steps = self.steps + len(quotients)
         self._rounds += len(quotients)
-        self._quotients += torch.tensor([[min(quotients)], [max(quotients)]], dtype=torch.float64)
+        for end in (min(quotients), max(quotients)):
+            self._quotients.append(torch.tensor([end], dtype=torch.float64))
         self.active = (self.rr > self.floor**2) & (self.steps < self.max_steps)
 
 
