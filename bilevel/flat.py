@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .compiled import Gradient, compiled_gradient
 from .errors import InPlaceError, ObjectiveError
-from .kernels import Kernels
+from .kernels import Kernels, Precision
 from .problem import BilevelProblem
 from .pytree import (
     PyTree,
@@ -28,7 +28,7 @@ from .pytree import (
     tree_unflatten,
 )
 from .regularizer import Proximal, check_strength
-from .rows import norm, ones_for
+from .rows import norm, ones_for, step_precision
 from .stacking import Stacking
 from .stream import LINEARISED, Stream
 from .task import TaskBatch
@@ -107,6 +107,7 @@ class FlatProblem:
         step: The inner step whose batch is used; `LINEARISED` for residuals and linearisation.
         differentiable: Whether gradients keep their graph.
         kernels: How gradients and products are computed.
+        precision: Of gradients without a graph; that of `kernels` within inner steps alone.
         counts: Evaluations so far, shared by all copies: ``gradients``, ``products``, ``values``,
             each counted once per task.
         notes: ``first_residual``: norm of the first stationarity evaluated, ``[tasks]``.
@@ -122,6 +123,7 @@ class FlatProblem:
     step: int = LINEARISED
     differentiable: bool = False
     kernels: Kernels = field(default_factory=Kernels)
+    precision: Precision = "full"
     counts: Counter[str] = field(default_factory=Counter)
     notes: dict[str, Tensor] = field(default_factory=dict)
 
@@ -221,6 +223,11 @@ class FlatProblem:
         """The problem of one inner step: with the batch that a `Stream` draws for it."""
         return replace(self, step=step) if isinstance(self.tasks.inner_batch, Stream) else self
 
+    def stepping(self) -> FlatProblem:
+        """The problem as inner steps evaluate it: in the precision that `kernels` allows them."""
+        asked = self.kernels.precision
+        return self if self.precision == asked else replace(self, precision=asked)
+
     def expanded(self) -> FlatProblem:
         """With one copy of the outer variable per task."""
         return replace(self, outer=self.outer.expanded(self.count))
@@ -257,8 +264,10 @@ class FlatProblem:
         if self.differentiable and not z.requires_grad:
             z = z.detach().requires_grad_()
         if self.problem.is_equilibrium:
-            with torch.set_grad_enabled(self.differentiable):
-                gradient = self._stationarity(z)
+            low = step_precision("full" if self.differentiable else self.precision, self.device)
+            with torch.set_grad_enabled(self.differentiable), low:
+                # Rounded or not, it has the dtype of the point, which a solver adds it to.
+                gradient = self._stationarity(z).to(z.dtype)
                 value = z.new_full((self.count,), float("nan"))
         elif self.differentiable:
             # vmap sees the objective only; differentiating its sum from outside is exact, where
@@ -268,7 +277,8 @@ class FlatProblem:
                 (gradient,) = torch.autograd.grad(values, z, ones_for(values), create_graph=True)
             value = values.detach()
         else:
-            value, gradient = self._plain_gradient(z)
+            with step_precision(self.precision, self.device):
+                value, gradient = self._plain_gradient(z)
         if self._strength is not None:
             with torch.set_grad_enabled(self.differentiable):
                 offset = z - self._center

@@ -10,11 +10,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .errors import NotDifferentiableError, StructureError
+from .errors import NotDifferentiableError, ObjectiveError, StructureError
 from .flat import FlatProblem
+from .kernels import Precision
 from .operator import SecantPairs
 from .pytree import PyTree, tree_map
-from .rows import all_finite, choose, norm
+from .rows import all_finite, choose, full_precision, norm
 from .status import Status, marked, residual_status
 
 __all__ = ["InnerReport", "InnerSolver"]
@@ -89,7 +90,8 @@ class InnerSolver(ABC):
 
     def _residual(self, flat: FlatProblem, z: Tensor, state: PyTree) -> Tensor:
         """‖∂_z G‖ ``[tasks]`` for the stopping test; override where the state knows it."""
-        return norm(flat.plain().gradient(z.detach()))
+        with full_precision(z.device):
+            return norm(flat.plain().gradient(z.detach()))
 
     # The loop, used by every hypergradient method
 
@@ -121,10 +123,12 @@ class InnerSolver(ABC):
         stop = stop and self.tol is not None
         if not stop:
             carry = replace(carry, active=torch.ones_like(carry.active))
+        # Residuals decide; they are of full precision, whatever that of the steps.
+        rounded = flat.stepping()
         for step in range(first, last):
             if stop and step % self.check_every == 0 and not carry.active.any():
                 break
-            z, state = self._step(flat.at(step), carry.z, carry.state)
+            z, state = self._step(rounded.at(step), carry.z, carry.state)
             if stop:
                 z = choose(carry.active, z, carry.z)
             active = carry.active
@@ -137,10 +141,18 @@ class InnerSolver(ABC):
         return carry if stop else replace(carry, steps=carry.steps + max(last - first, 0))
 
     def solve(self, flat: FlatProblem, z: Tensor | None = None) -> Carry:
-        """All steps, without any graph."""
+        """All steps, without any graph; in the precision that the problem's `kernels` allow.
+
+        Raises:
+            ValueError: The steps cannot be taken in that precision.
+        """
         flat = flat.plain()
+        z = flat.start if z is None else z
+        self.require_precision(flat.kernels.precision, flat.vector.dtype, flat.device)
         with torch.no_grad():
-            carry = self.begin(flat, flat.start if z is None else z)
+            if flat.kernels.precision != "full":
+                _note_rounding(flat, z)
+            carry = self.begin(flat, z)
             return self.advance(flat, carry, 0, self.max_steps)
 
     def report(self, carry: Carry, residual: Tensor, first_residual: Tensor | None) -> InnerReport:
@@ -173,6 +185,59 @@ class InnerSolver(ABC):
                 f"the steps of {type(self).__name__} cannot be differentiated, so it cannot be "
                 "unrolled; use an implicit method such as ImplicitCG, or GradientDescent"
             )
+
+    def require_precision(
+        self, precision: Precision, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Raise unless steps in this precision are sound, and are what would be taken.
+
+        Raises:
+            ValueError: They are not.
+        """
+        if precision == "full":
+            return
+        if self.needs_objective:
+            raise ValueError(
+                f"`precision` is {precision!r}, but {type(self).__name__} compares values of the "
+                "inner objective, which rounding makes alike; use GradientDescent, or pass "
+                "precision='full'"
+            )
+        if dtype != torch.float32:
+            name = str(dtype).removeprefix("torch.")
+            raise ValueError(
+                f"`precision` is {precision!r}, which float32 is rounded to, but the inner "
+                f"variable is {name}; pass precision='full', or make the problem of float32"
+            )
+        if precision == "tf32" and not _has_tf32(device):
+            raise ValueError(
+                f"`precision` is 'tf32', which {device} does not have; pass precision='full' or "
+                "'bf16', or use a CUDA device of compute capability 8.0 or later"
+            )
+
+
+def _has_tf32(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _note_rounding(flat: FlatProblem, z: Tensor) -> None:
+    """Note the first residual, and with it how far a step's gradient is off there.
+
+    Steps that begin at a solution leave it by their rounding, which is no divergence; and a
+    rounded gradient may be zero where the true one is not.
+    """
+    with full_precision(z.device):
+        exact = flat.gradient(z)
+    try:
+        rounded = flat.stepping().gradient(z)
+    except RuntimeError as error:
+        if "dtype" not in str(error):
+            raise
+        raise ObjectiveError(
+            f"`precision` is {flat.kernels.precision!r}, with which the inner problem cannot be "
+            f"evaluated ({str(error).strip().splitlines()[0]}): an operation that autocast leaves "
+            "alone met two dtypes; write it as a product with `@`, or pass precision='full'"
+        ) from error
+    flat.notes["first_residual"] = norm(exact) + norm(rounded - exact)
 
 
 def check_rate(lr: float) -> None:

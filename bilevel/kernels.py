@@ -22,9 +22,12 @@ class Kernels:
             backend; or the name of another one, such as ``"cudagraphs"``, which only captures
             kernels, or ``"aot_eager"``, which needs no compiler. Steps that are unrolled are not
             compiled.
-        precision: Of the inner solver's steps: ``"full"``, ``"tf32"`` (on CUDA, for float32) or
-            ``"bf16"`` (by autocast, which chooses the operations). Residuals, curvature products
-            and the adjoint solve keep the full precision in any case.
+        precision: Of the inner solver's steps, for float32 problems: ``"full"``, ``"tf32"`` (on
+            CUDA) or ``"bf16"`` (by autocast, which chooses the operations). Residuals, curvature
+            products and the adjoint solve keep the full precision in any case, so that statuses
+            and error estimates see what rounding did, and ``correct=True`` of an implicit method
+            undoes most of it. Solvers that compare values of the objective refuse it, as does
+            `Unrolled`. Costs two more gradients for each solve, of which one is rounded.
         products: ``"kept"``: the graph of the gradient is kept, and each product is one pull
             through it. ``"recomputed"``: nothing is kept, and each product evaluates the gradient
             again, which takes about twice the time.

@@ -16,6 +16,7 @@ from .certificate import certified_bound
 from .errors import StructureError
 from .flat import FlatProblem
 from .inner_solver import InnerReport, InnerSolver, given_solution
+from .kernels import Precision
 from .linear_solver import LinearSolution, LinearSolver, relative_residual, with_tolerance
 from .linearised import linearise
 from .minimum import check_symmetry, distance, flag_bent, flag_curvature
@@ -133,13 +134,24 @@ class HypergradientMethod(ABC):
 
         Raises:
             StructureError: The problem's structure is weaker than the method needs.
+            ValueError: A precision of steps is asked for that they cannot have.
         """
         self.check(flat)
+        precision = flat.kernels.precision
+        self.require_precision(precision)
+        if inner_solver is None and precision != "full":
+            raise ValueError(
+                f"`precision` is {precision!r}, that of the inner solver's steps, but "
+                "`inner_solver` is None; pass precision='full', or a solver"
+            )
         estimate = self._compute(flat, inner_solver, weights, start or Start())
         return replace(estimate, has_inner_value=not flat.problem.is_equilibrium)
 
     def check(self, flat: FlatProblem) -> None:
         """Refuse a problem that the method cannot treat, before any work."""
+
+    def require_precision(self, precision: Precision) -> None:
+        """Refuse a precision of the inner steps that the method cannot treat, before any work."""
 
     @abstractmethod
     def _compute(

@@ -9,8 +9,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
+from .kernels import Precision
+
 __all__ = ["Choice", "all_between", "all_finite", "check_interval", "choose", "column", "dot"]
-__all__ += ["finite_rows", "full_precision", "norm", "ones_for", "plus"]
+__all__ += ["finite_rows", "full_precision", "norm", "ones_for", "plus", "step_precision"]
 
 _SHORTEST, _LONGEST = 1e-140, 1e140
 
@@ -117,14 +119,23 @@ _NOTHING = nullcontext()
 
 def full_precision(device: torch.device) -> AbstractContextManager[None]:
     """Switch TF32 off for curvature products, and restore it afterwards."""
-    return _without_tf32() if device.type == "cuda" else _NOTHING
+    return _tf32(allowed=False) if device.type == "cuda" else _NOTHING
+
+
+def step_precision(precision: Precision, device: torch.device) -> AbstractContextManager[None]:
+    """Evaluate as the inner solver's steps may, and restore what was set afterwards."""
+    if precision == "full":
+        return _NOTHING
+    if precision == "tf32":
+        return _tf32(allowed=True)
+    return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 @contextmanager
-def _without_tf32() -> Iterator[None]:
+def _tf32(*, allowed: bool) -> Iterator[None]:
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = (matmul.allow_tf32, cudnn.allow_tf32)
-    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
     try:
         yield
     finally:

@@ -186,6 +186,9 @@ def imaml(
     task_chunk: Annotated[
         int | None, _option("Machine", "task_chunk", "The most tasks at once; default: all.", min=1)
     ] = None,
+    precision: Annotated[
+        str | None, _option("Machine", "precision", "Of inner steps in training: full, tf32, bf16.")
+    ] = None,
     overwrite: Annotated[
         bool,
         typer.Option("--overwrite", help="Replace the run in --out.", rich_help_panel="Output"),
@@ -245,6 +248,7 @@ def imaml(
         "threads": threads,
         "engine": engine,
         "task_chunk": task_chunk,
+        "precision": precision,
     }
     chosen = {name: value for name, value in given.items() if value is not None}
     settings = _few_shot.Settings.of(learner, **chosen)

@@ -101,6 +101,7 @@ class Job:
             on_failure="mean",
             engine=settings.engine,  # type: ignore[arg-type]  # `checked` knows them
             task_chunk=settings.task_chunk,
+            kernels=settings.kernels,
         )
 
     def prepare(self, outer: PyTree, step: int) -> None:
@@ -128,10 +129,11 @@ class Job:
         """The choices, for people."""
         settings = self.settings
         size = sum(leaf.numel() for leaf in tree_leaves(self.outer))
+        steps = "" if settings.precision == "full" else f", steps in {settings.precision}"
         return {
             "problem": repr(self.problem),
             "network": f"{settings.network}, {settings.channels} channels, {size:,} parameters",
-            "inner solver": repr(self.inner_solver),
+            "inner solver": repr(self.inner_solver) + steps,
             "method": repr(self.method),
             "meta-step": f"Adam(lr={settings.lr:g}) on {settings.tasks} tasks",
         }
@@ -149,6 +151,9 @@ def make_job(settings: Settings) -> Job:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     inner_solver, method = _inner_solver(settings), _method(settings)
+    precision = settings.kernels.precision
+    method.require_precision(precision)
+    inner_solver.require_precision(precision, torch.get_default_dtype(), device)
     make_network = find("network", settings.network, _NETWORKS)
     activation = find("activation", settings.activation, _ACTIVATIONS)
 

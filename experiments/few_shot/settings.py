@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, get_args, get_origin, get_type_hints
 
+from bilevel import Kernels
+
 from .learners import LEARNERS
 
 __all__ = ["Settings"]
@@ -74,6 +76,9 @@ class Settings:
         engine: ``"batched"`` or ``"loop"``: tasks at once or one after the other. They differ by
             rounding; ``"auto"`` takes the faster one, which may be another in another process.
         task_chunk: The most tasks at once, which bounds memory; None: all.
+        precision: Of the inner steps in training: ``"full"``, ``"tf32"`` or ``"bf16"``; test tasks
+            are adapted in full. It needs an inner solver that compares no values, such as
+            ``"gradient-descent"``, and a method that does not differentiate the steps.
     """
 
     learner: str = "imaml"
@@ -121,6 +126,7 @@ class Settings:
     threads: int | None = None
     engine: str = "batched"
     task_chunk: int | None = None
+    precision: str = "full"
 
     @classmethod
     def of(cls, learner: str = "imaml", /, **given: Any) -> Settings:
@@ -162,6 +168,7 @@ class Settings:
             if getattr(self, name) not in known:
                 words = ", ".join(str(one) for one in known)
                 raise ValueError(f"`{name}` is '{getattr(self, name)}'; known: {words}")
+        self.kernels  # noqa: B018  # it checks its own
         if self.strength_end is not None:
             if self.learn_strength is not None:
                 raise ValueError("λ is learned or scheduled, not both: drop `strength_end`")
@@ -188,6 +195,11 @@ class Settings:
             "strength_lr": 0.6 if self.learn_strength == "scalar" else 0.1,
         }
         return replace(self, **{k: v for k, v in usual.items() if getattr(self, k) is None})
+
+    @property
+    def kernels(self) -> Kernels:
+        """How the hypergradients of training are computed."""
+        return Kernels(precision=self.precision)  # type: ignore[arg-type]  # it checks them
 
     @classmethod
     def read(cls, name: str, text: str) -> Any:

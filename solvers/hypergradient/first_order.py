@@ -21,7 +21,7 @@ from bilevel.linearised import outer_at, weighted
 from bilevel.method import Estimate, HypergradientMethod, Start
 from bilevel.point import add
 from bilevel.registry import METHODS
-from bilevel.rows import norm
+from bilevel.rows import full_precision, norm
 
 __all__ = ["FirstOrder"]
 
@@ -36,7 +36,8 @@ class FirstOrder(HypergradientMethod):
     ) -> Estimate:
         carry = None if inner_solver is None else inner_solver.solve(flat, start.inner)
         z = (flat.start if carry is None else carry.z).detach()
-        inner_value, gradient = flat.value_and_gradient(z)
+        with full_precision(z.device):
+            inner_value, gradient = flat.value_and_gradient(z)
         residual = norm(gradient)
         if carry is None or inner_solver is None:
             inner = given_solution(z, residual)

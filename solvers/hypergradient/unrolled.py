@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from bilevel.errors import StructureError
+from bilevel.errors import NotDifferentiableError, StructureError
 from bilevel.flat import FlatProblem
 from bilevel.inner_solver import Carry, InnerSolver, detached
+from bilevel.kernels import Precision
 from bilevel.method import Estimate, HypergradientMethod, Start
 from bilevel.pytree import tree_flatten, tree_unflatten
 from bilevel.registry import METHODS
@@ -57,6 +58,19 @@ class Unrolled(HypergradientMethod):
             raise ValueError(f"`truncate` is {self.truncate}; differentiate at least one step")
         if self.checkpoint is not None and self.checkpoint < 0:
             raise ValueError(f"`checkpoint` is {self.checkpoint}; pass True or a segment length")
+
+    def require_precision(self, precision: Precision) -> None:
+        """Refuse steps of low precision.
+
+        Raises:
+            NotDifferentiableError: The precision is not full.
+        """
+        if precision != "full":
+            raise NotDifferentiableError(
+                f"`precision` is {precision!r}, but Unrolled differentiates the "
+                "steps, and all that rounding does to them; pass precision='full', or use an "
+                "implicit method such as ImplicitCG"
+            )
 
     def _compute(
         self, flat: FlatProblem, inner_solver: InnerSolver | None, weights: Tensor, start: Start

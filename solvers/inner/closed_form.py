@@ -14,6 +14,7 @@ from torch import Tensor
 from bilevel.errors import ObjectiveError
 from bilevel.flat import FlatProblem
 from bilevel.inner_solver import Carry, InnerReport, InnerSolver
+from bilevel.kernels import Precision
 from bilevel.pytree import PyTree, tree_leaves
 from bilevel.registry import INNER_SOLVERS
 
@@ -45,6 +46,20 @@ class ClosedForm(InnerSolver):
         """The carry before the only step; every task takes it."""
         steps = torch.zeros(flat.count, dtype=torch.int64, device=flat.device)
         return Carry(z, (), torch.ones(flat.count, dtype=torch.bool, device=flat.device), steps)
+
+    def require_precision(
+        self, precision: Precision, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Raise unless the precision is full: there are no steps to round.
+
+        Raises:
+            ValueError: It is not.
+        """
+        if precision != "full":
+            raise ValueError(
+                f"`precision` is {precision!r}, that of the inner solver's steps, but ClosedForm "
+                "takes none; pass precision='full'"
+            )
 
     def _step(self, flat: FlatProblem, z: Tensor, state: PyTree) -> tuple[Tensor, PyTree]:
         tree = flat.stacking(

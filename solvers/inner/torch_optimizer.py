@@ -19,6 +19,7 @@ from torch import Tensor
 from bilevel.errors import NotDifferentiableError
 from bilevel.flat import FlatProblem
 from bilevel.inner_solver import InnerSolver
+from bilevel.kernels import Precision
 from bilevel.pytree import PyTree, tree_leaves, tree_map
 from bilevel.registry import INNER_SOLVERS
 
@@ -132,6 +133,22 @@ class TorchOptimizer(InnerSolver):
                 "torch.optim.SGD detaches its first momentum buffer, so that unrolling it would "
                 "be 16-20 % wrong in silence; use GradientDescent(lr, max_steps, momentum=...)"
             )
+
+    def require_precision(
+        self, precision: Precision, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Raise unless steps in this precision are sound; those with a closure are not.
+
+        Raises:
+            ValueError: They are not.
+        """
+        if precision != "full" and _needs_closure(self.cls):
+            raise ValueError(
+                f"`precision` is {precision!r}, but torch.optim.{self.cls.__name__} evaluates the "
+                "inner objective within a step and compares the values, which rounding makes "
+                "alike; use GradientDescent, or pass precision='full'"
+            )
+        super().require_precision(precision, dtype, device)
 
     def _init(self, flat: FlatProblem, z: Tensor) -> PyTree:
         if self.elementwise:

@@ -105,6 +105,7 @@ def test_accuracy_has_its_interval():
         ["--inner-solver", "lbfgs"],
         ["--network", "pool", "--learn-strength", "scalar"],
         ["--no-transductive", "--eval-queries", "1"],
+        ["--precision", "bf16", "--inner-solver", "gradient-descent"],
     ],
     ids=" ".join,
 )
@@ -151,6 +152,12 @@ def test_a_budget_of_cpu_minutes_ends_training(train, tmp_path):
         (["--shots", "9"], "`train_shots` . `queries` is 11"),
         (["--ways", "90"], "`ways` is 90, but the pool has"),
         (["--data", "omniglot"], "BILEVEL_DATA"),
+        (["--precision", "half"], "`precision` is 'half'; pass one of 'full', 'tf32', 'bf16'"),
+        (["--precision", "bf16"], "but BacktrackingDescent compares values .*GradientDescent"),
+        (
+            ["--inner-solver", "gradient-descent", "--precision", "tf32"],
+            "`precision` is 'tf32', which cpu does not have",
+        ),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )

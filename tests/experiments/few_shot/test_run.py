@@ -1,6 +1,7 @@
 """Runs leave what they promise, and go on where they were stopped."""
 
 import json
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -70,6 +71,8 @@ def test_another_run_is_not_resumed(settings, tmp_path, watchers):
     before = (tmp_path / "run/weights.pt").read_bytes()
     with pytest.raises(ValueError, match=r"has channels = 4, not 8; resume it with its own"):
         run(settings(channels=8), tmp_path / "run", watchers(), resume=True, baselines=False)
+    rounded = settings(precision="bf16", inner_solver="gradient-descent")
+    assert rounded.differs_from(asdict(replace(rounded, precision="full"))) == "precision"
     assert (tmp_path / "run/weights.pt").read_bytes() == before
 
 

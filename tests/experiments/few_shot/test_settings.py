@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bilevel import Kernels
 from bilevel.experiments.few_shot import LEARNERS, Settings, make_job, run
 from bilevel.experiments.few_shot.released import PullBack, ReleasedCG
 from bilevel.experiments.few_shot.reptile import Reptile
@@ -60,6 +61,20 @@ def test_learners_are_what_they_are_called(settings):
     assert job("imaml-layers").problem.learn_strength == "layer"
 
 
+def test_inner_steps_in_training_can_be_rounded(settings, tmp_path, watchers):
+    found = {}
+    for precision in ("full", "bf16"):
+        chosen = settings(precision=precision, inner_solver="gradient-descent")
+        job = make_job(chosen)
+        assert job.trainer().kernels == Kernels(precision=precision)
+        assert job.choices["inner solver"].endswith("in bf16") == (precision == "bf16")
+        watcher = watchers()
+        assert run(chosen, tmp_path / precision, watcher, baselines=False)
+        found[precision] = watcher.records[0].inner_residual
+    assert found["bf16"] != found["full"]
+    assert found["bf16"] == pytest.approx(found["full"], rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -100,6 +115,7 @@ def test_what_is_left_open_is_filled_in():
         ({"learn_strength": "scalar", "strength_end": 1.0}, "λ is learned or scheduled"),
         ({"strength": 0.0, "strength_end": 1.0}, "both ends must be > 0"),
         ({"average": 1.0}, "`average` is 1.0"),
+        ({"precision": "fp8"}, "`precision` is 'fp8'; pass one of 'full'"),
         ({"strength_min": 0.0}, "`strength_min` is 0.0"),
     ],
     ids=str,
@@ -120,6 +136,8 @@ def test_an_unknown_learner_is_named():
         ({"activation": "gelu"}, "there is no activation 'gelu'; known: relu"),
         ({"norm": "weight"}, "`norm` is 'weight'"),
         ({"data": "mnist"}, "there is no data set 'mnist'"),
+        ({"precision": "bf16"}, "but BacktrackingDescent compares values"),
+        ({"precision": "bf16", "method": "unrolled"}, "Unrolled differentiates the steps"),
     ],
     ids=str,
 )
