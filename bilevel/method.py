@@ -23,6 +23,7 @@ from .minimum import check_symmetry, distance, flag_bent, flag_curvature
 from .operator import Operator, SecantPairs
 from .point import ErrorEstimate, Point, corrected, estimate_error
 from .problem import Structure
+from .refinement import refined
 from .rows import all_between
 from .status import Status, marked, residual_status, worst
 
@@ -174,6 +175,10 @@ class ImplicitMethod(HypergradientMethod):
             costs one further solve and one gradient of either objective.
         check_minimum: Look for negative curvature with 8 more products, from a random vector: this
             sees a saddle that ∂_z f happens to be orthogonal to, which no solve can see.
+        refine: Refine the adjoint in float64, by residuals of the problem in float64 and
+            corrections in its own dtype, which is what an ill-conditioned system in float32 needs.
+            Costs a gradient of either objective and one product for each round, in float64; does
+            nothing for a problem that is in float64.
         error_bound: Certify the error of each task's hypergradient from the constants that the
             problem declares (`BilevelProblem.smoothness`); no further solve.
     """
@@ -183,6 +188,7 @@ class ImplicitMethod(HypergradientMethod):
     correct: bool = field(default=False, kw_only=True)
     check_minimum: bool = field(default=False, kw_only=True)
     error_bound: bool = field(default=False, kw_only=True)
+    refine: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         if not (self.damping >= 0.0 and math.isfinite(self.damping)):
@@ -192,7 +198,14 @@ class ImplicitMethod(HypergradientMethod):
                 f"`error_estimate` is {self.error_estimate}; pass True, False, or the relative "
                 "residual of its solves, in (0, 1)"
             )
-        self._linear_solver()  # its settings are ours, and it checks them
+        if self.refine and self.damping > 0.0:
+            raise ValueError(
+                f"`damping` is {self.damping} and `refine` True: damping solves another system, of "
+                "which more digits are of no use; pass one of the two"
+            )
+        solver = self._linear_solver()  # its settings are ours, and it checks them
+        if self.refine and solver.rtol == 0.0:
+            raise ValueError("`refine` needs a tolerance, but `rtol` is 0; pass one, such as 1e-6")
 
     def check(self, flat: FlatProblem) -> None:
         """Compare what the linear solver needs with what the problem promises."""
@@ -257,6 +270,8 @@ class ImplicitMethod(HypergradientMethod):
             system = corrected(system, operator, self._linear_solver())
             operator = replace(system.operator, inner_pairs=learned, recycled_pairs=start.pairs)
         adjoint = self.solve(operator, system.rhs, start.adjoint)
+        if self.refine:
+            adjoint = refined(system, operator, self._linear_solver(), adjoint)
         if not problem.is_equilibrium:
             adjoint = flag_curvature(operator, adjoint)
             adjoint = flag_bent(operator, adjoint) if self.check_minimum else adjoint

@@ -1,10 +1,13 @@
 """`Kernels(compile=...)`: the same numbers, and a clear word where it cannot be done."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from bilevel import Kernels, Proximal, Task, errors, hypergradient, problem_from
 from bilevel.problems import Equilibrium, FewShot, HyperCleaning, Logistic
+from bilevel.pytree import tree_map
 from bilevel.solvers import GMRES, GradientDescent, HessianFree, Implicit, ImplicitCG
 
 F64 = torch.float64
@@ -46,6 +49,18 @@ def test_stacked_tasks_and_one_after_the_other(engine):
     example = HyperCleaning.example()
     assert isinstance(example.task, Task)
     agree(*both(example, [example.task] * 3, **engine))
+
+
+def test_the_compiler_and_rounded_steps_go_together():
+    example = FewShot.example()
+    example = replace(example, outer=tree_map(lambda leaf: leaf.float(), example.outer))
+    task = Task.stack([example.task]) if isinstance(example.task, Task) else example.task
+    kernels = Kernels(compile="aot_eager", precision="bf16")
+    wanted, found = both(example, task.to(torch.float32), kernels=kernels)
+    assert found.status == wanted.status
+    # Both are rounded, and not in the same places.
+    gap = found.diagnostics.inner.residual / wanted.diagnostics.inner.residual - 1
+    assert 0 < gap.abs().max() < 0.1
 
 
 def test_other_inner_solvers_and_estimates():
