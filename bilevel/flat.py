@@ -74,7 +74,7 @@ class Outer:
 
     def with_leaves(self, leaves: Sequence[Tensor]) -> Outer:
         """The same variable with other leaves."""
-        return replace(self, leaves=tuple(leaves))
+        return Outer(tuple(leaves), self.spec, self.per_task)
 
     def detached(self) -> Outer:
         """Without gradient."""

@@ -146,7 +146,7 @@ class HypergradientMethod(ABC):
                 "`inner_solver` is None; pass precision='full', or a solver"
             )
         estimate = self._compute(flat, inner_solver, weights, start or Start())
-        return replace(estimate, has_inner_value=not flat.problem.is_equilibrium)
+        return replace(estimate, has_inner_value=False) if flat.problem.is_equilibrium else estimate
 
     def check(self, flat: FlatProblem) -> None:
         """Refuse a problem that the method cannot treat, before any work."""
@@ -265,10 +265,10 @@ class ImplicitMethod(HypergradientMethod):
         if problem.is_equilibrium and problem.structure is not Structure.GENERAL:
             check_symmetry(system)
         learned = None if carry is None or inner_solver is None else inner_solver.pairs(carry)
-        operator = replace(system.operator, inner_pairs=learned, recycled_pairs=start.pairs)
+        operator = system.operator.knowing(learned, start.pairs)
         if self.correct:
             system = corrected(system, operator, self._linear_solver())
-            operator = replace(system.operator, inner_pairs=learned, recycled_pairs=start.pairs)
+            operator = system.operator.knowing(learned, start.pairs)
         adjoint = self.solve(operator, system.rhs, start.adjoint)
         if self.refine:
             adjoint = refined(system, operator, self._linear_solver(), adjoint)

@@ -94,6 +94,12 @@ class Operator:
         """A v, ``[tasks, n]``."""
         return self.product(v)
 
+    def knowing(self, inner: SecantPairs | None, recycled: SecantPairs | None) -> Operator:
+        """The operator with what solvers learned of it."""
+        if inner is None and recycled is None:
+            return self
+        return replace(self, inner_pairs=inner, recycled_pairs=recycled)
+
     @property
     def T(self) -> Operator:  # noqa: N802  (as in PyTorch)
         """The transposed operator.

@@ -177,12 +177,13 @@ def _stride(
     Returns the next direction, and its product where one was taken that only `_cycle` can judge.
     """
     x, r, rr = progress.x, progress.r, progress.rr.item()
+    pp = rr
     most = torch.finfo(x.dtype).max
     quotients: list[float] = []
     ap = None
     while progress.goes_on(rr, len(quotients)):
         ap = operator(p)
-        pap, pp = dot(p, ap).item(), dot(p, p).item()
+        pap = dot(p, ap).item()
         if not (0.0 < pap < math.inf and 0.0 < pp < math.inf and rr / pap < most):
             break
         quotients.append(pap / pp)
@@ -192,5 +193,6 @@ def _stride(
         beta = rr / last
         lanczos.add_coefficients(True, alpha, beta)
         p, ap = torch.add(r, p, alpha=beta) if beta < most else r * beta, None
+        pp = rr + beta * beta * pp  # r is orthogonal to the last p
     progress.strode(x, r, rr, quotients)
     return p, ap
