@@ -24,6 +24,13 @@ def test_variants_that_agree_are_timed_side_by_side(benchmark, problem, density)
     assert all(len(one.seconds) == 2 and min(one.seconds) > 0 for one in times.values())
 
 
+def test_descent_from_zero_is_the_same_by_hand(benchmark):
+    setting = benchmark._setting(Logistic(), benchmark.logistic, None, 20, 6, 3, descent=7)
+    assert not torch.allclose(setting.solved(), setting.inner, rtol=1e-3)
+    torch.testing.assert_close(setting.ours()(), setting.by_hand(), rtol=1e-10, atol=0)
+    assert "bilevel-compiled" in setting.variants()
+
+
 def test_a_variant_that_computes_something_else_is_not_timed(benchmark, monkeypatch):
     setting = benchmark._setting(Ridge(), benchmark.half_mean_square, None, 20, 6, 3)
     wrong = setting.by_hand()
