@@ -72,6 +72,8 @@ class Operator:
         gauss_newton: Product with a positive semidefinite stand-in for A; None where there is none.
         inner_pairs: Pairs left by the inner solver (quasi-Newton solvers only).
         recycled_pairs: Pairs left by the linear solve of the last outer step.
+        together: A times many vectors at once, ``[vectors, tasks, n]``; None where that is no
+            faster than one after the other.
     """
 
     product: MatVec
@@ -79,6 +81,7 @@ class Operator:
     gauss_newton: MatVec | None = None
     inner_pairs: SecantPairs | None = None
     recycled_pairs: SecantPairs | None = None
+    together: MatVec | None = None
 
     @classmethod
     def symmetric(cls, product: MatVec) -> Operator:
@@ -93,6 +96,14 @@ class Operator:
     def __call__(self, v: Tensor) -> Tensor:
         """A v, ``[tasks, n]``."""
         return self.product(v)
+
+    def block(self, vectors: Tensor) -> Tensor:
+        """A times many vectors, ``[vectors, tasks, n]``."""
+        if self.together is not None:
+            return self.together(vectors)
+        if not len(vectors):
+            return vectors
+        return torch.stack([self.product(v) for v in vectors])
 
     def knowing(self, inner: SecantPairs | None, recycled: SecantPairs | None) -> Operator:
         """The operator with what solvers learned of it."""
@@ -112,7 +123,8 @@ class Operator:
                 "this solver needs products with the transposed matrix, which are not known here; "
                 "pass Operator(product, transposed), or Operator.symmetric(product)"
             )
-        return replace(self, product=self.transposed, transposed=self.product)
+        together = self.together if self.is_symmetric else None
+        return replace(self, product=self.transposed, transposed=self.product, together=together)
 
     @property
     def is_symmetric(self) -> bool:
@@ -150,7 +162,14 @@ class Operator:
             positive,
             None if self.inner_pairs is None else self.inner_pairs.damped(shift),
             None if self.recycled_pairs is None else self.recycled_pairs.damped(shift),
+            None if self.together is None else shifted(self.together),
         )
+
+
+def units(like: Tensor) -> Tensor:
+    """The unit vectors ``[n, tasks, n]``, the same for every task (a view)."""
+    n = like.shape[-1]
+    return torch.eye(n, dtype=like.dtype, device=like.device).unsqueeze(1).expand(n, *like.shape)
 
 
 def signs(like: Tensor, count: int) -> Tensor:

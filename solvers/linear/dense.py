@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel.linear_solver import LinearSolution, LinearSolver
-from bilevel.operator import MatVec, Operator
+from bilevel.operator import MatVec, Operator, units
 from bilevel.registry import LINEAR_SOLVERS
 from bilevel.rows import norm
 from bilevel.status import Status, marked, residual_status
@@ -84,12 +84,6 @@ class Dense(LinearSolver):
         )
 
 
-def build_matrix(matvec: MatVec, like: Tensor) -> Tensor:
+def build_matrix(matvec: MatVec | Operator, like: Tensor) -> Tensor:
     """Each task's matrix ``[tasks, n, n]`` in float64, from n products."""
-    count, n = like.shape
-    columns = []
-    for j in range(n):
-        unit = torch.zeros_like(like)
-        unit[:, j] = 1.0
-        columns.append(matvec(unit).double())
-    return torch.stack(columns, dim=-1) if n else like.new_zeros(count, 0, 0).double()
+    return Operator.of(matvec).block(units(like)).double().permute(1, 2, 0)

@@ -47,8 +47,8 @@ def nystrom(operator: Operator, probes: Tensor, like: Tensor) -> LowRank:
         probes: Ω with orthonormal columns, ``[n, rank]``, float64; the same for every task.
         like: A tensor ``[tasks, n]`` of the dtype and device of the products.
     """
-    columns = [operator(probe.to(like.dtype).expand_as(like)).double() for probe in probes.T]
-    sketch = torch.stack(columns, -1)
+    vectors = probes.T.to(like.dtype).unsqueeze(1)
+    sketch = operator.block(vectors.expand(-1, *like.shape)).double().permute(1, 2, 0)
     finite = sketch.isfinite().all(-1).all(-1)
     sketch = torch.where(finite[:, None, None], sketch, 0.0)
     # Relative to each task's own size, out of reach of overflow.

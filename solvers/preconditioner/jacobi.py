@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel.operator import MatVec, Operator, signs
+from bilevel.operator import MatVec, Operator, signs, units
 from bilevel.preconditioner import Preconditioner
 from bilevel.registry import PRECONDITIONERS
 
@@ -46,9 +46,8 @@ class JacobiPreconditioner(Preconditioner):
         if self.samples is None:
             diagonal = _exact(operator, like)
         else:
-            diagonal = torch.zeros_like(like)
-            for s in signs(like, self.samples):
-                diagonal = diagonal + s * operator(s) / self.samples
+            probes = signs(like, self.samples)
+            diagonal = (probes * operator.block(probes)).mean(0)
         diagonal = diagonal.abs()
         largest = diagonal.amax(-1, keepdim=True)
         diagonal = torch.maximum(diagonal, torch.finfo(like.dtype).eps * largest)
@@ -57,9 +56,4 @@ class JacobiPreconditioner(Preconditioner):
 
 
 def _exact(operator: Operator, like: Tensor) -> Tensor:
-    diagonal = torch.zeros_like(like)
-    for j in range(like.shape[1]):
-        unit = torch.zeros_like(like)
-        unit[:, j] = 1.0
-        diagonal[:, j] = operator(unit)[:, j]
-    return diagonal
+    return operator.block(units(like)).diagonal(dim1=0, dim2=2).clone()
