@@ -220,6 +220,12 @@ class FlatProblem:
         """The problem of one inner step: with the batch that a `Stream` draws for it."""
         return replace(self, step=step) if isinstance(self.tasks.inner_batch, Stream) else self
 
+    def drawn(self) -> FlatProblem:
+        """The problem with the batch of its step in the place of a `Stream`, drawn once."""
+        if not isinstance(self.tasks.inner_batch, Stream):
+            return self
+        return replace(self, tasks=replace(self.tasks, inner_batch=self.batch))
+
     def expanded(self) -> FlatProblem:
         """With one copy of the outer variable per task."""
         return replace(self, outer=self.outer.expanded(self.count))

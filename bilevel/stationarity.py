@@ -1,45 +1,81 @@
-r"""The graph of the stationarity $F = \partial_z G$ at one point, and pulls through it.
+r"""The stationarity $F = \partial_z G$ at one point, and products with its derivatives.
 
 The inner variable is cut into its leaves before anything is recorded, and the regularizer's part is
-added by its formula: autograd sees the objective alone.
+added by its formula: autograd sees the objective alone. Here one graph is kept, and each product is
+one pull through it; `recomputed` keeps none.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from .flat import FlatProblem
-from .pytree import tree_leaves
+from .pytree import PyTree, tree_leaves
 from .rows import full_precision, norm
 
-__all__ = ["StationarityGraph"]
+__all__ = ["Stationarity", "StationarityGraph", "evaluated", "pushed", "regularized"]
+
+Output = TypeVar("Output", Tensor, GradientEdge)
 
 
 @dataclass(frozen=True)
-class StationarityGraph:
+class Stationarity(ABC):
     """F at a point; all tasks at once.
 
     Attributes:
         flat: The problem, its outer leaves requiring grad where derivatives in them are wanted.
-        leaves: The leaves of the point, on which the graph hangs.
-        slopes: F without the regularizer, leaf by leaf, with its graph.
-        pulled: The regularizer's part of F ``[tasks, n]``, with its graph in the outer leaves; None
-            without.
         value: F ``[tasks, n]``, detached.
         inner_value: G ``[tasks]``, detached; NaN for an equilibrium.
     """
 
     flat: FlatProblem
+    value: Tensor
+    inner_value: Tensor
+
+    @abstractmethod
+    def pull(self, v: Tensor) -> Tensor:
+        """(∂_z F)ᵀ v, ``[tasks, n]``: for an inner objective, the product with its Hessian."""
+
+    @abstractmethod
+    def push(self, v: Tensor) -> Tensor:
+        """∂_z F v, ``[tasks, n]``; two pulls, of which the first keeps its graph."""
+
+    @abstractmethod
+    def cross(self, v: Tensor) -> list[Tensor | None]:
+        """(∂_x F)ᵀ v, one tensor for each outer leaf, None where F does not depend on it."""
+
+    @cached_property
+    def norm(self) -> Tensor:
+        """‖F‖ for each task, float64 ``[tasks]``."""
+        return norm(self.value)
+
+    def _regularized(self, product: Tensor, v: Tensor) -> Tensor:
+        strength = self.flat.plain_strength
+        return product if strength is None else torch.addcmul(product, strength, v)
+
+
+@dataclass(frozen=True)
+class StationarityGraph(Stationarity):
+    """F at a point, with its graph.
+
+    Attributes:
+        leaves: The leaves of the point, on which the graph hangs.
+        slopes: F without the regularizer, leaf by leaf, with its graph.
+        pulled: The regularizer's part of F ``[tasks, n]``, with its graph in the outer leaves; None
+            without.
+    """
+
     leaves: list[Tensor]
     slopes: list[Tensor]
     pulled: Tensor | None
-    value: Tensor
-    inner_value: Tensor
 
     @classmethod
     def at(cls, flat: FlatProblem, z: Tensor) -> StationarityGraph:
@@ -48,30 +84,10 @@ class StationarityGraph:
         z = z.detach()
         with torch.enable_grad(), full_precision(z.device):
             tree, leaves = flat.cut(z)
-            if flat.problem.is_equilibrium:
-                found = tree_leaves(
-                    flat.vector.matched(flat.call("stationarity", tree, flat.batch))
-                )
-                slopes = [one.reshape(x.shape) for one, x in zip(found, leaves, strict=True)]
-                inner_value = z.new_full((flat.count,), float("nan"))
-            else:
-                values = flat.call("inner_objective", tree, flat.batch)
-                ones = torch.ones_like(values)
-                slopes = list(
-                    torch.autograd.grad(
-                        values, leaves, ones, create_graph=True, materialize_grads=True
-                    )
-                )
-                inner_value = values.detach()
-            strength, pulled = flat.strength, None
+            slopes, inner_value = evaluated(flat, tree, leaves, keep_graph=True)
             value = flat.joined([slope.detach() for slope in slopes])
-            if strength is not None:
-                offset = z - flat.center
-                pulled = strength * offset
-                plain = pulled.detach()
-                value = value + plain
-                inner_value = inner_value + 0.5 * (plain * offset.detach()).sum(-1)
-        graph = cls(flat, leaves, slopes, pulled, value, inner_value)
+            value, inner_value, pulled = regularized(flat, z, value, inner_value)
+        graph = cls(flat, value, inner_value, leaves, slopes, pulled)
         flat.notes.setdefault("first_residual", graph.norm)
         return graph
 
@@ -88,30 +104,7 @@ class StationarityGraph:
 
     def push(self, v: Tensor) -> Tensor:
         """∂_z F v, ``[tasks, n]``; two pulls, of which the first keeps its graph."""
-        dummies = [torch.zeros_like(slope, requires_grad=True) for slope in self.slopes]
-        live = [(s, d) for s, d in zip(self.slopes, dummies, strict=True) if s.requires_grad]
-        product: Sequence[Tensor] = [torch.zeros_like(slope) for slope in self.slopes]
-        with torch.enable_grad(), full_precision(v.device):
-            # Linear in the dummies, so that its derivative in them is the transposed product.
-            transposed = torch.autograd.grad(
-                [s for s, _ in live],
-                self.leaves,
-                [d for _, d in live],
-                create_graph=True,
-                materialize_grads=True,
-            )
-            linear = [
-                (t, p)
-                for t, p in zip(transposed, self.flat.parts(v), strict=True)
-                if t.requires_grad
-            ]
-            if linear:
-                product = torch.autograd.grad(
-                    [t for t, _ in linear],
-                    dummies,
-                    [p for _, p in linear],
-                    materialize_grads=True,
-                )
+        product = pushed(self._bound, self._places, self.leaves, self.flat.parts(v))
         return self._regularized(self.flat.joined(product), v)
 
     def cross(self, v: Tensor) -> list[Tensor | None]:
@@ -140,11 +133,75 @@ class StationarityGraph:
     def _bound(self) -> list[Tensor]:
         return [self.slopes[i] for i in self._places]
 
-    @cached_property
-    def norm(self) -> Tensor:
-        """‖F‖ for each task, float64 ``[tasks]``."""
-        return norm(self.value)
 
-    def _regularized(self, product: Tensor, v: Tensor) -> Tensor:
-        strength = self.flat.plain_strength
-        return product if strength is None else torch.addcmul(product, strength, v)
+def evaluated(
+    flat: FlatProblem, tree: PyTree, leaves: list[Tensor], *, keep_graph: bool
+) -> tuple[list[Tensor], Tensor]:
+    """F without the regularizer, leaf by leaf, and g ``[tasks]``, detached; NaN for equilibria.
+
+    Args:
+        flat: The problem on stacked tasks.
+        tree: The inner variable.
+        leaves: Its leaves, which require grad.
+        keep_graph: Whether F has a graph.
+    """
+    if flat.problem.is_equilibrium:
+        with torch.set_grad_enabled(keep_graph):
+            found = tree_leaves(flat.vector.matched(flat.call("stationarity", tree, flat.batch)))
+            slopes = [one.reshape(x.shape) for one, x in zip(found, leaves, strict=True)]
+        return slopes, leaves[0].new_full((flat.count,), float("nan"))
+    with torch.enable_grad():
+        values = flat.call("inner_objective", tree, flat.batch)
+        slopes = list(
+            torch.autograd.grad(
+                values,
+                leaves,
+                torch.ones_like(values),
+                create_graph=keep_graph,
+                materialize_grads=True,
+            )
+        )
+    return slopes, values.detach()
+
+
+def regularized(
+    flat: FlatProblem, z: Tensor, value: Tensor, inner_value: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """F and G with the regularizer, detached; and its part of F, with its graph; None without."""
+    strength = flat.strength
+    if strength is None:
+        return value, inner_value, None
+    offset = z - flat.center
+    pulled = strength * offset
+    plain = pulled.detach()
+    return value + plain, inner_value + 0.5 * (plain * offset.detach()).sum(-1), pulled
+
+
+def pushed(
+    outputs: Sequence[Output], places: Sequence[int], leaves: list[Tensor], v: list[Tensor]
+) -> list[Tensor]:
+    """The product of the Jacobian of ``outputs`` with v, leaf by leaf, by two pulls.
+
+    Args:
+        outputs: Those slopes that have a graph, or their edges in it.
+        places: The leaves that they belong to; the product is zero in the others.
+        leaves: The leaves of the point.
+        v: The vector, leaf by leaf.
+    """
+    product = [torch.zeros_like(leaf) for leaf in leaves]
+    dummies = [torch.zeros_like(leaves[i], requires_grad=True) for i in places]
+    if not dummies:
+        return product
+    with torch.enable_grad(), full_precision(leaves[0].device):
+        # Linear in the dummies, so that its derivative in them is the transposed product.
+        transposed = torch.autograd.grad(
+            outputs, leaves, dummies, create_graph=True, materialize_grads=True
+        )
+        linear = [(t, p) for t, p in zip(transposed, v, strict=True) if t.requires_grad]
+        if linear:
+            found = torch.autograd.grad(
+                [t for t, _ in linear], dummies, [p for _, p in linear], materialize_grads=True
+            )
+            for i, part in zip(places, found, strict=True):
+                product[i] = part
+    return product
