@@ -228,6 +228,16 @@ class FlatProblem:
         asked = self.kernels.precision
         return self if self.precision == asked else replace(self, precision=asked)
 
+    def not_compiled(self) -> FlatProblem:
+        """The problem without the compiler, which takes the outer variable for a constant."""
+        return replace(self, kernels=replace(self.kernels, compile=False))
+
+    def drawn(self) -> FlatProblem:
+        """The problem with the batch of its step in the place of a `Stream`, drawn once."""
+        if not isinstance(self.tasks.inner_batch, Stream):
+            return self
+        return replace(self, tasks=replace(self.tasks, inner_batch=self.batch))
+
     def expanded(self) -> FlatProblem:
         """With one copy of the outer variable per task."""
         return replace(self, outer=self.outer.expanded(self.count))

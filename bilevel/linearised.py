@@ -5,7 +5,8 @@ With $F(x, z) = \partial_z G$ the implicit function theorem gives
 $$\frac{dF}{dx} = \partial_x f - (\partial_x F)^\top v,
   \qquad (\partial_z F)^\top v = \partial_z f.$$
 
-One graph of the stationarity, for all tasks, is kept; every product is one pull through it.
+One graph of the stationarity, for all tasks, is kept, and every product is one pull through it;
+or none is kept, and every product makes it again (`Kernels.products`).
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from .gauss_newton import gauss_newton
 from .graph import reaches
 from .operator import Operator
 from .problem import Structure
+from .recomputed import RecomputedStationarity
 from .rows import column, full_precision, ones_for
 from .stacking import randomness_message
-from .stationarity import StationarityGraph
+from .stationarity import Stationarity, StationarityGraph
 
 __all__ = ["LinearisedSystem", "linearise", "outer_at"]
 
@@ -35,7 +37,7 @@ class LinearisedSystem:
     Attributes:
         flat: The problem, its outer leaves requiring grad.
         z: The point, ``[tasks, n]``, detached.
-        graph: The graph of F at the point.
+        graph: F at the point, and the products with its derivatives.
         outer_value: f ``[tasks]``, with its graph where it depends on the outer leaves directly.
         rhs: ∂_z f ``[tasks, n]``, the right-hand side of the adjoint system.
         metrics: The problem's metrics at the point, where they came with f; None: not yet known.
@@ -43,7 +45,7 @@ class LinearisedSystem:
 
     flat: FlatProblem
     z: Tensor
-    graph: StationarityGraph
+    graph: Stationarity
     outer_value: Tensor
     rhs: Tensor
     metrics: dict[str, Tensor] | None = None
@@ -54,7 +56,7 @@ class LinearisedSystem:
         symmetric = self.flat.problem.structure is not Structure.GENERAL
         pull = self.pull  # one object, by which the operator knows itself to be symmetric
         positive = gauss_newton(self.flat, self.z) if symmetric else None
-        return Operator(pull, pull if symmetric else self.push, positive)
+        return Operator(pull, pull if symmetric else self.push, positive, together=self.pull_block)
 
     @property
     def stationarity(self) -> Tensor:
@@ -75,6 +77,11 @@ class LinearisedSystem:
         """(∂_z F)ᵀ v, ``[tasks, n]``: for an inner objective, the product with its Hessian."""
         self.flat.counts["products"] += self.flat.count
         return self.graph.pull(v)
+
+    def pull_block(self, block: Tensor) -> Tensor:
+        """`pull` of many vectors at once, ``[vectors, tasks, n]``."""
+        self.flat.counts["products"] += len(block) * self.flat.count
+        return self.graph.pull_block(block)
 
     def push(self, v: Tensor) -> Tensor:
         """∂_z F v, ``[tasks, n]``; two pulls, of which the first keeps its graph."""
@@ -101,7 +108,7 @@ class LinearisedSystem:
 
 
 def linearise(flat: FlatProblem, z: Tensor) -> LinearisedSystem:
-    """Evaluate both objectives at ``z`` and keep the graph of the stationarity."""
+    """Evaluate both objectives at ``z``, keeping the stationarity's graph where that is asked."""
     flat = flat.with_outer(flat.outer.differentiable(), differentiable=True)
     z = z.detach()
     before = torch.get_rng_state()
@@ -111,7 +118,9 @@ def linearise(flat: FlatProblem, z: Tensor) -> LinearisedSystem:
     if not reaches(outer_value, flat.outer.leaves):
         # Its graph has done its work: do not hold it beside that of the stationarity.
         outer_value = outer_value.detach()
-    return LinearisedSystem(flat, z, StationarityGraph.at(flat, z), outer_value, rhs, metrics)
+    kept = flat.kernels.products == "kept"
+    graph = (StationarityGraph if kept else RecomputedStationarity).at(flat, z)
+    return LinearisedSystem(flat, z, graph, outer_value, rhs, metrics)
 
 
 def outer_at(flat: FlatProblem, z: Tensor) -> tuple[Tensor, dict[str, Tensor] | None, Tensor]:

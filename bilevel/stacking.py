@@ -29,6 +29,7 @@ class Stacking:
     probed: set[Any] = field(default_factory=set)
     one_by_one: dict[Any, bool] = field(default_factory=dict)
     inner_uses_outer: bool = False
+    pulls_blocks: bool | None = None
     compiled: dict[str, Callable[..., Any]] = field(default_factory=dict)
     compared: set[str] = field(default_factory=set)
 

@@ -1,45 +1,86 @@
-r"""The graph of the stationarity $F = \partial_z G$ at one point, and pulls through it.
+r"""The stationarity $F = \partial_z G$ at one point, and products with its derivatives.
 
 The inner variable is cut into its leaves before anything is recorded, and the regularizer's part is
-added by its formula: autograd sees the objective alone.
+added by its formula: autograd sees the objective alone. Here one graph is kept, and each product is
+one pull through it; `recomputed` keeps none.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from .flat import FlatProblem
-from .pytree import tree_leaves
+from .pytree import PyTree, tree_leaves
 from .rows import full_precision, norm, ones_for
 
-__all__ = ["StationarityGraph"]
+__all__ = ["Stationarity", "StationarityGraph", "evaluated", "pushed", "regularized"]
+
+_LARGEST_BLOCK = 2**17
+Output = TypeVar("Output", Tensor, GradientEdge)
 
 
 @dataclass(frozen=True)
-class StationarityGraph:
+class Stationarity(ABC):
     """F at a point; all tasks at once.
 
     Attributes:
         flat: The problem, its outer leaves requiring grad where derivatives in them are wanted.
-        leaves: The leaves of the point, on which the graph hangs.
-        slopes: F without the regularizer, leaf by leaf, with its graph.
-        pulled: The regularizer's part of F ``[tasks, n]``, with its graph in the outer leaves; None
-            without.
         value: F ``[tasks, n]``, detached.
         inner_value: G ``[tasks]``, detached; NaN for an equilibrium.
     """
 
     flat: FlatProblem
+    value: Tensor
+    inner_value: Tensor
+
+    @abstractmethod
+    def pull(self, v: Tensor) -> Tensor:
+        """(∂_z F)ᵀ v, ``[tasks, n]``: for an inner objective, the product with its Hessian."""
+
+    def pull_block(self, block: Tensor) -> Tensor:
+        """`pull` of many vectors, ``[vectors, tasks, n]``."""
+        return torch.stack([self.pull(v) for v in block]) if len(block) else block
+
+    @abstractmethod
+    def push(self, v: Tensor) -> Tensor:
+        """∂_z F v, ``[tasks, n]``; two pulls, of which the first keeps its graph."""
+
+    @abstractmethod
+    def cross(self, v: Tensor) -> list[Tensor | None]:
+        """(∂_x F)ᵀ v, one tensor for each outer leaf, None where F does not depend on it."""
+
+    @cached_property
+    def norm(self) -> Tensor:
+        """‖F‖ for each task, float64 ``[tasks]``."""
+        return norm(self.value)
+
+    def _regularized(self, product: Tensor, v: Tensor) -> Tensor:
+        strength = self.flat.plain_strength
+        return product if strength is None else torch.addcmul(product, strength, v)
+
+
+@dataclass(frozen=True)
+class StationarityGraph(Stationarity):
+    """F at a point, with its graph.
+
+    Attributes:
+        leaves: The leaves of the point, on which the graph hangs.
+        slopes: F without the regularizer, leaf by leaf, with its graph.
+        pulled: The regularizer's part of F ``[tasks, n]``, with its graph in the outer leaves; None
+            without.
+    """
+
     leaves: list[Tensor]
     slopes: list[Tensor]
     pulled: Tensor | None
-    value: Tensor
-    inner_value: Tensor
 
     @classmethod
     def at(cls, flat: FlatProblem, z: Tensor) -> StationarityGraph:
@@ -48,32 +89,10 @@ class StationarityGraph:
         z = z.detach()
         with torch.enable_grad(), full_precision(z.device):
             tree, leaves = flat.cut(z)
-            if flat.kernels.compile:
-                values, slopes = flat.compiled(leaves)
-                inner_value = values.detach()
-            elif flat.problem.is_equilibrium:
-                found = tree_leaves(
-                    flat.vector.matched(flat.call("stationarity", tree, flat.batch))
-                )
-                slopes = [one.reshape(x.shape) for one, x in zip(found, leaves, strict=True)]
-                inner_value = z.new_full((flat.count,), float("nan"))
-            else:
-                values = flat.call("inner_objective", tree, flat.batch)
-                slopes = list(
-                    torch.autograd.grad(
-                        values, leaves, ones_for(values), create_graph=True, materialize_grads=True
-                    )
-                )
-                inner_value = values.detach()
-            strength, pulled = flat.strength, None
+            slopes, inner_value = evaluated(flat, tree, leaves, keep_graph=True)
             value = flat.joined([slope.detach() for slope in slopes])
-            if strength is not None:
-                offset = z - flat.center
-                pulled = strength * offset
-                plain = pulled.detach()
-                value = value + plain
-                inner_value = inner_value + 0.5 * (plain * offset.detach()).sum(-1)
-        graph = cls(flat, leaves, slopes, pulled, value, inner_value)
+            value, inner_value, pulled = regularized(flat, z, value, inner_value)
+        graph = cls(flat, value, inner_value, leaves, slopes, pulled)
         flat.notes.setdefault("first_residual", graph.norm)
         return graph
 
@@ -88,32 +107,49 @@ class StationarityGraph:
             )
         return self._regularized(self.flat.joined(product), v)
 
-    def push(self, v: Tensor) -> Tensor:
-        """∂_z F v, ``[tasks, n]``; two pulls, of which the first keeps its graph."""
-        dummies = [torch.zeros_like(slope, requires_grad=True) for slope in self.slopes]
-        live = [(s, d) for s, d in zip(self.slopes, dummies, strict=True) if s.requires_grad]
-        product: Sequence[Tensor] = [torch.zeros_like(slope) for slope in self.slopes]
-        with torch.enable_grad(), full_precision(v.device):
-            # Linear in the dummies, so that its derivative in them is the transposed product.
-            transposed = torch.autograd.grad(
-                [s for s, _ in live],
+    def pull_block(self, block: Tensor) -> Tensor:
+        """`pull` of many vectors ``[vectors, tasks, n]``, in one batched pass where that is sound.
+
+        One pass saves launches, which is most of the time of a small problem, and of a large one it
+        needs the more memory. Its first column is compared with `pull` once for each problem, since
+        the rules that PyTorch batches by are many.
+        """
+        record = self.flat.stacking
+        sound = record.pulls_blocks is not False and not self.flat.kernels.compile
+        if not sound or not self._places or block.numel() > _LARGEST_BLOCK:
+            return super().pull_block(block)
+        try:
+            found = self._batched(block)
+        except RuntimeError:
+            # Some operations have no batching rule, such as those on sparse matrices.
+            record.pulls_blocks = False
+            return super().pull_block(block)
+        if record.pulls_blocks is None:
+            wanted = self.pull(block[0])
+            gap = torch.linalg.vector_norm(found[0] - wanted)
+            eps = torch.finfo(block.dtype).eps ** 0.5
+            record.pulls_blocks = bool(gap <= eps * torch.linalg.vector_norm(wanted))
+        return found if record.pulls_blocks else super().pull_block(block)
+
+    def _batched(self, block: Tensor) -> Tensor:
+        flat, many = self.flat, len(block)
+        rows = block.squeeze(1) if flat.count == 1 else block
+        parts = [part.contiguous() for part in flat.vector.parts(rows)]
+        with full_precision(block.device):
+            product = torch.autograd.grad(
+                self._bound,
                 self.leaves,
-                [d for _, d in live],
-                create_graph=True,
+                [parts[i] for i in self._places],
+                retain_graph=True,
+                is_grads_batched=True,
                 materialize_grads=True,
             )
-            linear = [
-                (t, p)
-                for t, p in zip(transposed, self.flat.parts(v), strict=True)
-                if t.requires_grad
-            ]
-            if linear:
-                product = torch.autograd.grad(
-                    [t for t, _ in linear],
-                    dummies,
-                    [p for _, p in linear],
-                    materialize_grads=True,
-                )
+        found = torch.cat([part.reshape(many, flat.count, -1) for part in product], -1)
+        return self._regularized(found, block)
+
+    def push(self, v: Tensor) -> Tensor:
+        """∂_z F v, ``[tasks, n]``; two pulls, of which the first keeps its graph."""
+        product = pushed(self._bound, self._places, self.leaves, self.flat.parts(v))
         return self._regularized(self.flat.joined(product), v)
 
     def cross(self, v: Tensor) -> list[Tensor | None]:
@@ -149,14 +185,82 @@ class StationarityGraph:
 
     @cached_property
     def _not_compiled(self) -> StationarityGraph:
-        flat = replace(self.flat, kernels=replace(self.flat.kernels, compile=False))
-        return StationarityGraph.at(flat, flat.joined([leaf.detach() for leaf in self.leaves]))
+        z = self.flat.joined([leaf.detach() for leaf in self.leaves])
+        return StationarityGraph.at(self.flat.not_compiled(), z)
 
-    @cached_property
-    def norm(self) -> Tensor:
-        """‖F‖ for each task, float64 ``[tasks]``."""
-        return norm(self.value)
 
-    def _regularized(self, product: Tensor, v: Tensor) -> Tensor:
-        strength = self.flat.plain_strength
-        return product if strength is None else torch.addcmul(product, strength, v)
+def evaluated(
+    flat: FlatProblem, tree: PyTree, leaves: list[Tensor], *, keep_graph: bool
+) -> tuple[list[Tensor], Tensor]:
+    """F without the regularizer, leaf by leaf, and g ``[tasks]``, detached; NaN for equilibria.
+
+    Args:
+        flat: The problem on stacked tasks.
+        tree: The inner variable.
+        leaves: Its leaves, which require grad.
+        keep_graph: Whether F has a graph.
+    """
+    if flat.kernels.compile:
+        with torch.set_grad_enabled(keep_graph):
+            values, slopes = flat.compiled(leaves)
+        return slopes, values.detach()
+    if flat.problem.is_equilibrium:
+        with torch.set_grad_enabled(keep_graph):
+            found = tree_leaves(flat.vector.matched(flat.call("stationarity", tree, flat.batch)))
+            slopes = [one.reshape(x.shape) for one, x in zip(found, leaves, strict=True)]
+        return slopes, leaves[0].new_full((flat.count,), float("nan"))
+    with torch.enable_grad():
+        values = flat.call("inner_objective", tree, flat.batch)
+        slopes = list(
+            torch.autograd.grad(
+                values,
+                leaves,
+                ones_for(values),
+                create_graph=keep_graph,
+                materialize_grads=True,
+            )
+        )
+    return slopes, values.detach()
+
+
+def regularized(
+    flat: FlatProblem, z: Tensor, value: Tensor, inner_value: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """F and G with the regularizer, detached; and its part of F, with its graph; None without."""
+    strength = flat.strength
+    if strength is None:
+        return value, inner_value, None
+    offset = z - flat.center
+    pulled = strength * offset
+    plain = pulled.detach()
+    return value + plain, inner_value + 0.5 * (plain * offset.detach()).sum(-1), pulled
+
+
+def pushed(
+    outputs: Sequence[Output], places: Sequence[int], leaves: list[Tensor], v: list[Tensor]
+) -> list[Tensor]:
+    """The product of the Jacobian of ``outputs`` with v, leaf by leaf, by two pulls.
+
+    Args:
+        outputs: Those slopes that have a graph, or their edges in it.
+        places: The leaves that they belong to; the product is zero in the others.
+        leaves: The leaves of the point.
+        v: The vector, leaf by leaf.
+    """
+    product = [torch.zeros_like(leaf) for leaf in leaves]
+    dummies = [torch.zeros_like(leaves[i], requires_grad=True) for i in places]
+    if not dummies:
+        return product
+    with torch.enable_grad(), full_precision(leaves[0].device):
+        # Linear in the dummies, so that its derivative in them is the transposed product.
+        transposed = torch.autograd.grad(
+            outputs, leaves, dummies, create_graph=True, materialize_grads=True
+        )
+        linear = [(t, p) for t, p in zip(transposed, v, strict=True) if t.requires_grad]
+        if linear:
+            found = torch.autograd.grad(
+                [t for t, _ in linear], dummies, [p for _, p in linear], materialize_grads=True
+            )
+            for i, part in zip(places, found, strict=True):
+                product[i] = part
+    return product
