@@ -364,8 +364,9 @@ class FlatProblem:
 
     def joined(self, parts: Sequence[Tensor]) -> Tensor:
         """The vector ``[tasks, n]`` of which these are the parts."""
-        rows = [part.reshape(self.count, -1) for part in parts]
-        return rows[0] if len(rows) == 1 else torch.cat(rows, -1)
+        if len(parts) == 1:
+            return parts[0].reshape(self.count, -1)
+        return torch.cat([part.reshape(self.count, -1) for part in parts], -1)
 
     def call(self, name: str, inner: PyTree, batch: PyTree, known_as: str | None = None) -> Any:
         """One of the problem's functions at such leaves, for all tasks."""

@@ -173,7 +173,8 @@ class StationarityGraph(Stationarity):
     def _live(self, v: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """The slopes that have a graph, and the parts of v for them."""
         parts = self.flat.parts(v)
-        return self._bound, [parts[i] for i in self._places]
+        every = len(self._places) == len(parts)
+        return self._bound, parts if every else [parts[i] for i in self._places]
 
     @cached_property
     def _places(self) -> list[int]:
