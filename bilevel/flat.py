@@ -373,7 +373,7 @@ class FlatProblem:
         several = self.count > 1
         return self.stacking(
             getattr(self.problem, name),
-            (inner, self.outer.tree, batch if several else self.tasks.alone(batch)),
+            (inner, self.outer.tree, batch if several else self.tasks.only(batch)),
             (several, self.outer.per_task, several),
             self.count,
             known_as or name,

@@ -214,7 +214,7 @@ def group(task: Task | TaskBatch | Sequence[Task] | None, inner: PyTree) -> list
     if task is None:
         task = Task()
     if isinstance(task, Task):
-        return [Group(Task.stack([task]), [0], lift(inner))]
+        return [Group(task.alone, [0], lift(inner))]
     if isinstance(task, TaskBatch):
         return [Group(task, list(range(task.count)), inner)]
     if not isinstance(task, list | tuple):

@@ -126,7 +126,7 @@ def check_strength(value: object, name: str) -> None:
         lowest: object = None
         bad = False
         if value.numel():
-            low, high = torch.stack(value.detach().aminmax()).tolist()  # of a NaN, NaN
+            low, high = (end.item() for end in value.detach().aminmax())  # of a NaN, NaN
             bad, lowest = not (low >= 0 and math.isfinite(high)), low
     elif isinstance(value, int | float):
         bad, lowest = not (value >= 0 and math.isfinite(value)), value

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,6 +42,19 @@ class Task:
                 f"`key` is a {type(self.key).__name__}, which tells no task apart; pass a "
                 "number, a string or a tuple of them"
             )
+
+    @property
+    def alone(self) -> TaskBatch:
+        """The task as a stack of one, which shares its memory; made once for the same tensors."""
+        leaves, known = _leaves(self), self.__dict__.get("_alone")
+        if known is None or not _are(known[0], leaves):
+            known = leaves, Task.stack([self])
+            object.__setattr__(self, "_alone", known)
+        batch: TaskBatch = known[1]
+        return batch
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: x for name, x in self.__dict__.items() if name != "_alone"}
 
     @staticmethod
     def stack(tasks: Sequence[Task]) -> TaskBatch:
@@ -130,17 +144,18 @@ class TaskBatch:
         """The tensors of its data; what a `Stream` draws is not among them."""
         return [leaf for leaf in _leaves(self) if isinstance(leaf, Tensor)]
 
-    def alone(self, batch: PyTree) -> PyTree:
-        """The batch of a single task, without the dimension of tasks; known for its own data."""
-        if batch is self.inner_batch:
-            return self._alone[0]
-        return self._alone[1] if batch is self.outer_batch else _without_tasks(batch)
+    def only(self, batch: PyTree) -> PyTree:
+        """The batch of a single task, without the dimension of tasks; made once for one batch."""
+        leaves, known = tree_leaves(batch), self.__dict__.get("_only", {})
+        found = known.get(id(batch))
+        if found is None or not _are(found[0], leaves):
+            found = leaves, _without_tasks(batch)
+            if batch is self.inner_batch or batch is self.outer_batch:
+                object.__setattr__(self, "_only", {**known, id(batch): found})
+        return found[1]
 
-    @cached_property
-    def _alone(self) -> tuple[PyTree, PyTree]:
-        drawn = isinstance(self.inner_batch, Stream)
-        inner = None if drawn else _without_tasks(self.inner_batch)
-        return inner, _without_tasks(self.outer_batch)
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: x for name, x in self.__dict__.items() if name != "_only"}
 
     def select(self, index: Tensor) -> TaskBatch:
         """The tasks at ``index`` (``[k]``, int64), in that order."""
@@ -205,6 +220,11 @@ def positions_by_shape(tasks: Sequence[Task]) -> list[list[int]]:
             raise ValueError(f"`task[{i}]` is a {type(task).__name__}; a list holds Task objects")
         groups.setdefault(_signature(task), []).append(i)
     return list(groups.values())
+
+
+def _are(known: list[Any], leaves: list[Any]) -> bool:
+    """Whether these are the very objects known: a batch's dict may hold others by now."""
+    return len(known) == len(leaves) and all(map(operator.is_, known, leaves))
 
 
 def _leaves(task: Task | TaskBatch) -> list[Any]:

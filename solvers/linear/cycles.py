@@ -47,6 +47,7 @@ class Progress:
         self._active = self.rr > floor**2
         self._rounds = 0
         self._quotients: list[Tensor] = []
+        self._ends: list[float] = []
         self._sound = True
 
     @property
@@ -95,6 +96,10 @@ class Progress:
     @property
     def curvature(self) -> tuple[Tensor, Tensor]:
         """The smallest and the largest finite quotient met; NaN if none was."""
+        if self._ends and not self._quotients:
+            return self.rr.new_tensor([min(self._ends)]), self.rr.new_tensor([max(self._ends)])
+        for end in self._ends:
+            self._quotients.append(self.rr.new_tensor([end]))
         if not self._quotients:
             nan = torch.full_like(self.rr, float("nan"))
             return nan, nan
@@ -125,6 +130,13 @@ class Progress:
             going = choose.tasks & (self.rr > self.floor**2)
             self.active = going & (self.steps < self.max_steps)
 
+    @property
+    def spent(self) -> bool:
+        """Every task has taken all its steps, as far as asking is free."""
+        if self.alone:
+            return self.steps.item() == self.max_steps
+        return Choice(self.steps == self.max_steps).everyone
+
     # A task alone on a device that answers at once: its steps in numbers
 
     @property
@@ -145,9 +157,8 @@ class Progress:
         self.rr = torch.tensor([rr], dtype=torch.float64)
         self.steps = self.steps + len(quotients)
         self._rounds += len(quotients)
-        for end in (min(quotients), max(quotients)):
-            self._quotients.append(torch.tensor([end], dtype=torch.float64))
-        self.active = (self.rr > self.floor**2) & (self.steps < self.max_steps)
+        self._ends += [min(quotients), max(quotients)]
+        self.active = torch.tensor([rr > self.floor**2 and self._rounds < self.max_steps])
 
 
 def solve_in_cycles(
@@ -176,10 +187,10 @@ def solve_in_cycles(
     floor = max(rtol, torch.finfo(rhs.dtype).eps)
     target = rtol or floor
     progress = Progress(x, r, floor, max_steps)
-    last = torch.full_like(progress.rr, float("inf"))
+    last: Tensor | None = None
     while True:
         cycle(progress)
-        if rtol == 0.0 and Choice(progress.steps == max_steps).everyone:
+        if rtol == 0.0 and progress.spent:
             residual = progress.rr.sqrt()
             break
         claimed = progress.rr <= floor**2
@@ -189,14 +200,16 @@ def solve_in_cycles(
         residual = progress.rr.sqrt()
         # Rounding bounds the true residual from below: where a claim was wrong, go on only while
         # that still halves it.
-        helps = residual < torch.where(claimed, 0.5, 1.0) * last
+        before = torch.full_like(residual, float("inf")) if last is None else last
+        helps = residual < torch.where(claimed, 0.5, 1.0) * before
         progress.active = (
             (residual > target) & helps & ~progress.stopped & (progress.steps < max_steps)
         )
         last = residual
         if not bool(progress.active.any()):
             break
-    if rtol == 0.0 and (start is not None or bool((residual <= target).any())):
+    known = start is None and all_between(target, residual, math.inf)
+    if rtol == 0.0 and not known and (start is not None or bool((residual <= target).any())):
         # A recurrence that started elsewhere, or that claims to be at rounding, is not believed.
         residual = norm(rhs - operator(progress.x))
     status = residual_status(residual, target, asked=rtol > 0.0)

@@ -1,3 +1,5 @@
+import pickle
+
 import pytest
 import torch
 
@@ -115,3 +117,27 @@ def test_grouping_tells_dtypes_structures_and_values_apart():
 def test_grouping_refuses_what_is_no_task_by_position():
     with pytest.raises(ValueError, match=r"`task\[1\]` is a Tensor"):
         group_by_shape([make(0), torch.ones(2)])
+
+
+def test_a_task_used_again_is_not_stacked_again_unless_its_data_are_others():
+    data = {"x": torch.ones(3), "name": "a"}
+    task = Task(data, data)
+    first = task.alone
+    assert task.alone is first
+    assert first.only(first.inner_batch)["x"].data_ptr() == data["x"].data_ptr()
+    data["x"] = torch.zeros(2)
+    assert task.alone.only(task.alone.inner_batch)["x"].shape == (2,)
+    data["name"] = "b"
+    assert task.alone.inner_batch["name"] == "b"
+    batch = TaskBatch({"x": torch.ones(1, 3)})
+    assert batch.only(batch.inner_batch)["x"].shape == (3,)
+    batch.inner_batch["x"] = torch.ones(1, 4)
+    assert batch.only(batch.inner_batch)["x"].shape == (4,)
+
+
+def test_what_is_kept_of_a_task_is_not_pickled():
+    task = Task((torch.ones(3),))
+    size = len(pickle.dumps(task))
+    task.alone.only(task.alone.inner_batch)
+    assert len(pickle.dumps(task)) == size
+    assert pickle.loads(pickle.dumps(task)).alone.count == 1
