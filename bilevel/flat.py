@@ -329,7 +329,13 @@ class FlatProblem:
         batch = self.tasks.outer_batch
         if not self.problem.shares_evaluation:
             return self.call("outer_objective", inner, batch), None
-        value, metrics = self.call("evaluate", inner, batch, known_as="outer_objective")
+        found = self.call("evaluate", inner, batch, known_as="outer_objective")
+        if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], dict)):
+            raise ObjectiveError(
+                f"`evaluate` returned a {type(found).__name__}; return the outer objective, a 0-d "
+                "tensor, and a dict of 0-d tensors"
+            )
+        value, metrics = found
         return value, {name: one.detach() for name, one in metrics.items()}
 
     def prediction(self, z: Tensor) -> PyTree:

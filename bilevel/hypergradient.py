@@ -133,6 +133,8 @@ def compute(
     if reduction not in ("mean", "none"):
         raise ValueError(f"`reduction` is {reduction!r}; pass 'mean' or 'none'")
     check_engine(engine, task_chunk)
+    if not (kernels is None or isinstance(kernels, Kernels)):
+        raise ValueError(f"`kernels` is {kernels!r}; pass Kernels(...), or None")
     check_problem(problem, inner_solver, method, inner)
     variable = Outer.of(outer)
     groups = group(task, inner)

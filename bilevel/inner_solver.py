@@ -230,7 +230,7 @@ def _note_rounding(flat: FlatProblem, z: Tensor) -> None:
     try:
         rounded = flat.stepping().gradient(z)
     except RuntimeError as error:
-        if "dtype" not in str(error):
+        if not any(word in str(error) for word in ("dtype", "scalar type", "BFloat16")):
             raise
         raise ObjectiveError(
             f"`precision` is {flat.kernels.precision!r}, with which the inner problem cannot be "

@@ -24,7 +24,7 @@ class Kernels:
             compiled.
         precision: Of the inner solver's steps, for float32 problems: ``"full"``, ``"tf32"`` (on
             CUDA) or ``"bf16"`` (by autocast, which chooses the operations). Residuals, curvature
-            products and the adjoint solve keep the full precision in any case, so that statuses
+            products and the adjoint solve keep the precision they have without it, so that statuses
             and error estimates see what rounding did, and ``correct=True`` of an implicit method
             undoes most of it. Solvers that compare values of the objective refuse it, as does
             `Unrolled`. Costs two more gradients for each solve, of which one is rounded.

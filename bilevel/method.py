@@ -24,7 +24,7 @@ from .operator import Operator, SecantPairs
 from .point import ErrorEstimate, Point, corrected, estimate_error
 from .problem import Structure
 from .refinement import refined
-from .rows import all_between
+from .rows import all_between, norm
 from .status import Status, marked, residual_status, worst
 
 __all__ = ["Estimate", "HypergradientMethod", "ImplicitMethod", "Start"]
@@ -193,6 +193,8 @@ class ImplicitMethod(HypergradientMethod):
     def __post_init__(self) -> None:
         if not (self.damping >= 0.0 and math.isfinite(self.damping)):
             raise ValueError(f"`damping` is {self.damping}; it is finite and ≥ 0")
+        if not isinstance(self.refine, bool):
+            raise ValueError(f"`refine` is {self.refine!r}; pass True or False")
         if not 0.0 <= float(self.error_estimate) <= 1.0:
             raise ValueError(
                 f"`error_estimate` is {self.error_estimate}; pass True, False, or the relative "
@@ -283,6 +285,8 @@ class ImplicitMethod(HypergradientMethod):
         else:
             carry = replace(carry, z=point.z)
             inner = inner_solver.report(carry, residual, flat.notes.get("first_residual"))
+        # Now: a user may write to the points before the distance is asked for.
+        size = norm(point.z) if carry is None else torch.maximum(norm(point.z), norm(flat.start))
         gradient = point.gradient
         if summed:
             gradient = tuple(
@@ -299,7 +303,7 @@ class ImplicitMethod(HypergradientMethod):
             any(leaf is not None for leaf in point.cross),
             distance=None
             if problem.is_equilibrium
-            else partial(distance, point.z, residual, adjoint, flat.start),
+            else partial(distance, size, residual, adjoint.curvature_max),
             error=self._error(point),
             bound=certified_bound(point) if self.error_bound else None,
             metrics=system.metrics,

@@ -135,7 +135,8 @@ class BilevelProblem(ABC):
         """`evaluate` is cheaper than its two parts, neither of which was changed after it."""
         evaluate = self._depth("evaluate")
         parts = min(self._depth("outer_objective"), self._depth("metrics"))
-        return evaluate <= parts and type(self).evaluate is not BilevelProblem.evaluate
+        own = "evaluate" in self.__dict__
+        return evaluate <= parts and (own or type(self).evaluate is not BilevelProblem.evaluate)
 
     def _depth(self, name: str) -> int:
         """How many classes up from the instance a method is defined; 0: on the instance."""

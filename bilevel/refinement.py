@@ -94,7 +94,7 @@ def _in_float64(system: LinearisedSystem) -> LinearisedSystem:
     )
     try:
         return linearise(twin, system.z.double())
-    except (RuntimeError, ObjectiveError) as error:
+    except (RuntimeError, TypeError, ObjectiveError) as error:
         reason = str(error).strip().splitlines()[0]
         raise StructureError(
             f"`refine` evaluates the problem in float64, which fails ({reason[:200]}): pass the "

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .compiled import Compiled
 from .errors import BilevelWarning, ObjectiveError, RandomnessError
 from .pytree import PyTree, matched, tree_flatten, tree_unflatten
 
@@ -30,8 +31,7 @@ class Stacking:
     one_by_one: dict[Any, bool] = field(default_factory=dict)
     inner_uses_outer: bool = False
     pulls_blocks: bool | None = None
-    compiled: dict[str, Callable[..., Any]] = field(default_factory=dict)
-    compared: set[str] = field(default_factory=set)
+    compiled: Compiled = field(default_factory=Compiled)
 
     def __call__(
         self,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -46,8 +45,8 @@ class Task:
     @property
     def alone(self) -> TaskBatch:
         """The task as a stack of one, which shares its memory; made once for the same tensors."""
-        leaves, known = _leaves(self), self.__dict__.get("_alone")
-        if known is None or not _are(known[0], leaves):
+        leaves, known = _identities(_leaves(self)), self.__dict__.get("_alone")
+        if known is None or known[0] != leaves:
             known = leaves, Task.stack([self])
             object.__setattr__(self, "_alone", known)
         batch: TaskBatch = known[1]
@@ -146,9 +145,9 @@ class TaskBatch:
 
     def only(self, batch: PyTree) -> PyTree:
         """The batch of a single task, without the dimension of tasks; made once for one batch."""
-        leaves, known = tree_leaves(batch), self.__dict__.get("_only", {})
+        leaves, known = _identities(tree_leaves(batch)), self.__dict__.get("_only", {})
         found = known.get(id(batch))
-        if found is None or not _are(found[0], leaves):
+        if found is None or found[0] != leaves:
             found = leaves, _without_tasks(batch)
             if batch is self.inner_batch or batch is self.outer_batch:
                 object.__setattr__(self, "_only", {**known, id(batch): found})
@@ -222,9 +221,23 @@ def positions_by_shape(tasks: Sequence[Task]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _are(known: list[Any], leaves: list[Any]) -> bool:
-    """Whether these are the very objects known: a batch's dict may hold others by now."""
-    return len(known) == len(leaves) and all(map(operator.is_, known, leaves))
+class _Same:
+    """Equal to itself only, and kept alive, so that nothing else gets its address."""
+
+    def __init__(self, thing: Any) -> None:
+        self.thing = thing
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.thing is other.thing
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _identities(leaves: list[Any]) -> list[Any]:
+    """The very objects, and where their numbers lie: a batch may hold others by now."""
+    out: list[Any] = [_Same(leaf) for leaf in leaves]
+    strided = (x for x in leaves if isinstance(x, Tensor) and x.layout == torch.strided)
+    return out + [x.data_ptr() for x in strided]
 
 
 def _leaves(task: Task | TaskBatch) -> list[Any]:

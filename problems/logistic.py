@@ -74,7 +74,7 @@ class Logistic(BilevelProblem):
         self, inner: Tensor, outer: Tensor, batch: tuple[Tensor, Tensor]
     ) -> dict[str, Tensor]:
         """``accuracy`` on the outer batch."""
-        return self.evaluate(inner, outer, batch)[1]
+        return Logistic.evaluate(self, inner, outer, batch)[1]
 
     def evaluate(
         self, inner: Tensor, outer: Tensor, batch: tuple[Tensor, Tensor]

@@ -66,7 +66,7 @@ class Ridge(BilevelProblem):
         self, inner: Tensor, outer: Tensor, batch: tuple[Tensor, Tensor]
     ) -> dict[str, Tensor]:
         """``mse``, the mean squared error on the outer batch."""
-        return self.evaluate(inner, outer, batch)[1]
+        return Ridge.evaluate(self, inner, outer, batch)[1]
 
     def evaluate(
         self, inner: Tensor, outer: Tensor, batch: tuple[Tensor, Tensor]

@@ -153,6 +153,7 @@ def test_what_is_no_backend_is_refused(value):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own
 def test_the_default_backend():
     example = HyperCleaning.example()
     agree(*both(example, example.task, kernels=Kernels(compile=True)))
