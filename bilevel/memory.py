@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from typing import Any
 
 import torch
 
-__all__ = ["peak_bytes"]
+__all__ = ["held_bytes", "peak_bytes"]
 
 
 def peak_bytes(function: Callable[[], Any], device: torch.device | str = "cpu") -> int:
@@ -31,6 +32,31 @@ def peak_bytes(function: Callable[[], Any], device: torch.device | str = "cpu") 
         function()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    return max(accumulate(_changes(function), initial=0))
+
+
+def held_bytes(function: Callable[[], Any], device: torch.device | str = "cpu") -> int:
+    """Run ``function`` and return the tensor bytes that its result holds: a kept graph, say.
+
+    Example:
+        >>> import torch
+        >>> held_bytes(lambda: torch.ones(1000) + torch.ones(1000))
+        4000
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        result = function()
+        torch.cuda.synchronize(device)
+        after = torch.cuda.memory_allocated(device)
+        del result
+        return after - before
+    return sum(_changes(function))
+
+
+def _changes(function: Callable[[], Any]) -> list[int]:
+    """Bytes allocated (released: negative) by ``function``, in order, its result still held."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     profiler = torch.profiler.profile(activities=activities, profile_memory=True)
     with _quiet(), profiler as profile:
@@ -39,12 +65,8 @@ def peak_bytes(function: Callable[[], Any], device: torch.device | str = "cpu") 
     assert profile.profiler is not None
     results = profile.profiler.kineto_results
     assert results is not None
-    live = peak = 0
     changes = [e for e in results.events() if e.name() == "[memory]"]
-    for event in sorted(changes, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
+    return [event.nbytes() for event in sorted(changes, key=lambda e: e.start_ns())]
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from bilevel import hypergradient, stateless
-from bilevel.memory import peak_bytes
+from bilevel.memory import held_bytes, peak_bytes
 from bilevel.problems import FewShot, conv_strided
 from bilevel.solvers import FirstOrder, GradientDescent, ImplicitCG, NeumannSeries, Unrolled
 from bilevel.task import TaskBatch
@@ -18,6 +18,15 @@ def test_peak_counts_live_bytes():
         return torch.ones(500)
 
     assert peak_bytes(build_and_release) == 4000
+
+
+def test_held_counts_what_the_result_keeps_alive():
+    assert held_bytes(lambda: torch.ones(1000) + torch.ones(1000)) == 4000
+    assert held_bytes(lambda: float(torch.ones(1000).sum())) == 0
+    x = torch.ones(1000, requires_grad=True)
+    # The graph of a sine keeps its argument, which was there before; of two, the first value, too.
+    assert held_bytes(lambda: x.sin()) == 4000
+    assert held_bytes(lambda: x.sin().sin()) == 8000
 
 
 def peaks(method, steps):
