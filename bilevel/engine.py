@@ -8,7 +8,7 @@ problem, device and shape, and remembers on the problem; on a CPU it stacks 8 ta
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -69,10 +69,9 @@ def chunk_size(
     remembered = stacking_of(problem).one_by_one
     key = (few, kernels, _shapes(outer.leaves), _shapes([*tasks.tensors, *tree_leaves(inner)]))
     if key not in remembered:
-        stacked, single = (
-            _flat(problem, outer, tasks, inner, count, kernels) for count in (few, 1)
-        )
-        remembered[key] = few * _least_seconds(single) < _least_seconds(stacked)
+        flats = [_flat(problem, outer, tasks, inner, count, kernels) for count in (few, 1)]
+        stacked, single = _least_seconds(flats)
+        remembered[key] = few * single < stacked
     if remembered[key]:
         return 1
     # On a CPU 32 at once took longer than four times 8, and more memory (benchmarks/scaling.py).
@@ -97,13 +96,26 @@ def _flat(
     return flat
 
 
-def _least_seconds(flat: FlatProblem) -> float:
-    """Of a gradient and a Hessian product, of which all methods are made."""
+def _least_seconds(flats: Sequence[FlatProblem]) -> list[float]:
+    """Of a gradient and a Hessian product each, of which all methods are made.
+
+    They take turns, so that what disturbs the machine disturbs both.
+    """
+    runs = [_gradient_and_product(flat) for flat in flats]
+    for run in runs:
+        run()
+    least = [float("inf")] * len(runs)
+    for _ in range(_REPEATS):
+        for i, run in enumerate(runs):
+            least[i] = min(least[i], seconds_of(run, flats[i].device))
+    return least
+
+
+def _gradient_and_product(flat: FlatProblem) -> Callable[[], None]:
     system, ones = linearise(flat, flat.start), torch.ones_like(flat.start)
 
     def run() -> None:
         flat.gradient(flat.start)
         system.pull(ones)
 
-    run()
-    return min(seconds_of(run, flat.device) for _ in range(_REPEATS))
+    return run

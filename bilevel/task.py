@@ -236,8 +236,13 @@ class _Same:
 def _identities(leaves: list[Any]) -> list[Any]:
     """The very objects, and where their numbers lie: a batch may hold others by now."""
     out: list[Any] = [_Same(leaf) for leaf in leaves]
-    strided = (x for x in leaves if isinstance(x, Tensor) and x.layout == torch.strided)
-    return out + [x.data_ptr() for x in strided]
+    for x in leaves:
+        if isinstance(x, Tensor) and x.layout == torch.strided:
+            try:
+                out.append(x.data_ptr())
+            except RuntimeError:
+                out.append(object())  # under a transform a tensor lies nowhere: remember nothing
+    return out
 
 
 def _leaves(task: Task | TaskBatch) -> list[Any]:
