@@ -367,8 +367,8 @@ def rows_of(name: str, count: int, found: Found) -> list[Row]:
         rows.append(Row(where, "spread", one.spread))
         rows.append(Row(where, "over_gradient", one.over(found.times["gradient"])))
         if variant in found.held:
-            rows.append(Row(where, "held_bytes", found.held[variant]))
-            rows.append(Row(where, "peak_bytes", found.peak[variant]))
+            rows.append(Row(where, "held_mib", found.held[variant] / 2**20))
+            rows.append(Row(where, "peak_mib", found.peak[variant] / 2**20))
     for metric, errors in (("error", found.errors), ("best_error", found.best_errors)):
         for (variant, precision), error in errors.items():
             where = {"problem": name, "tasks": count, "variant": variant, "precision": precision}
