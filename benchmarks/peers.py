@@ -7,6 +7,7 @@ tasks. Install what is to be compared, such as ``pip install torchopt higher jax
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -55,10 +56,13 @@ def torchopt_implicit(
     def run(x: Sequence[Tensor], tasks: Sequence[tuple[Any, Any]]) -> list[Tensor]:
         leaves = tuple(leaf.detach().requires_grad_() for leaf in x)
         total = [torch.zeros_like(leaf) for leaf in leaves]
-        for inner, outer in tasks:
-            z = solved(leaves, leaves, *inner)
-            slopes = torch.autograd.grad(outer_objective(z, leaves, *outer), leaves)
-            total = [a + b for a, b in zip(total, slopes, strict=True)]
+        with warnings.catch_warnings():
+            # It calls PyTorch by names that are deprecated.
+            warnings.simplefilter("ignore", FutureWarning)
+            for inner, outer in tasks:
+                z = solved(leaves, leaves, *inner)
+                slopes = torch.autograd.grad(outer_objective(z, leaves, *outer), leaves)
+                total = [a + b for a, b in zip(total, slopes, strict=True)]
         return [one / len(tasks) for one in total]
 
     return run
@@ -83,7 +87,11 @@ def jaxopt_implicit(
         products: Steps of conjugate gradients.
     """
     import jax
-    import jaxopt
+
+    with warnings.catch_warnings():
+        # It says at once that nobody looks after it.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        import jaxopt
 
     jax.config.update("jax_enable_x64", True)
     np = jax.numpy

@@ -9,9 +9,10 @@ import pytest
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
-@pytest.fixture
-def script(monkeypatch):
+@pytest.fixture(scope="module")
+def script():
     """Load a script by its name; what it imports from its own folder is forgotten afterwards."""
+    monkeypatch = pytest.MonkeyPatch()
     monkeypatch.syspath_prepend(str(FOLDER))
     before = set(sys.modules)
 
@@ -26,3 +27,4 @@ def script(monkeypatch):
     for name in set(sys.modules) - before:
         if (FOLDER / f"{name}.py").exists():
             sys.modules.pop(name)
+    monkeypatch.undo()
