@@ -67,9 +67,10 @@ build/installed/.ready: dist/.checked
 	    assert all(m.__file__.startswith(sys.prefix) for m in (p, s)), (p, s)"
 	touch $@
 
+# Scripts of benchmarks/ are not in the wheel: their tests ran in the root.
 wheel-test: build/installed/.ready  ## Run the tests against the wheel, from outside the root
 	cd $(OUTSIDE) && $(INSTALLED) -m pytest -c $(CURDIR)/pyproject.toml -o cache_dir=cache \
-	    $(PYTEST_ARGS) $(CURDIR)/tests
+	    $(PYTEST_ARGS) --ignore $(CURDIR)/tests/benchmarks $(CURDIR)/tests
 
 docs: build/installed/.ready  ## Build the site, strictly, from the installed wheel
 	cd $(OUTSIDE) && NO_MKDOCS_2_WARNING=1 $(INSTALLED) -m mkdocs build --strict --quiet \

@@ -192,6 +192,7 @@ def _timed(benchmark, tried):
 # The whole
 
 
+@pytest.mark.slow
 def test_the_whole_writes_a_file_that_gives_the_same_picture(
     benchmark, search, grid, monkeypatch, tmp_path, capsys
 ):
