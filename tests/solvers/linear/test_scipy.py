@@ -58,3 +58,13 @@ def test_an_unknown_name_is_refused():
 def test_scipy_is_not_imported_before_it_is_used():
     code = "import sys, bilevel.solvers; sys.exit('scipy.sparse.linalg' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_minres_that_stops_early_by_its_own_measure_is_asked_for_more():
+    q, _ = torch.linalg.qr(randn(100, 100, seed=1))
+    A = (q * torch.logspace(-4, 0, 100, dtype=F64)) @ q.T
+    b = randn(1, 100, seed=2)
+    found = SciPy("minres", rtol=1e-6, max_steps=1000)(Operator.symmetric(product(A[None])), b)
+    assert found.status.tolist() == [Status.CONVERGED]
+    assert (b - found.value @ A).norm() <= 1e-6 * b.norm()
+    assert found.steps.item() < 1000
