@@ -162,7 +162,7 @@ def assemble(
             counts=counts,
             unused=unused,
             failed=failed,
-            _distance=_made_later([part.estimate.distance for part in parts], order),
+            inner_distance=_all_of([part.estimate.distance for part in parts], in_order),
             derivative_residual=_all_of([part.estimate.derivative for part in parts], in_order),
             engine=tuple(engines),
             **_accuracy(parts, in_order),
@@ -212,9 +212,10 @@ def _check_dependence(
     outer: Outer, parts: list[Part], method: HypergradientMethod
 ) -> tuple[str, ...]:
     used = [any(part.gradient[j] is not None for part in parts) for j in range(outer.count)]
-    # Names cost more than all else here: they are made for a message only.
-    names = () if all(used) else outer.names
-    unused = tuple(name for name, flag in zip(names, used, strict=bool(names)) if not flag)
+    unused: tuple[str, ...] = ()
+    if not all(used):
+        # Names cost more than all else here: they are made for a message only.
+        unused = tuple(n for n, flag in zip(outer.names, used, strict=True) if not flag)
     implicit = isinstance(method, ImplicitMethod)
     constant = implicit and not any(part.estimate.inner_depends for part in parts)
     cure = (
@@ -299,18 +300,6 @@ def _report(
         damping,
         lanczos,
     )
-
-
-def _made_later(
-    makers: Sequence[Callable[[], Tensor] | None], order: Tensor | None
-) -> Callable[[], Tensor] | None:
-    """Makes what few callers ask for; None where a part has none."""
-    known = [make for make in makers if make is not None]
-    return partial(_made, known, order) if len(known) == len(makers) else None
-
-
-def _made(makers: Sequence[Callable[[], Tensor]], order: Tensor | None) -> Tensor:
-    return _in_order(order, [make() for make in makers])
 
 
 def _tables(tables: Sequence[Callable[[], Tensor]], order: Tensor | None) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .errors import ObjectiveError
 from .pytree import PyTree, tree_flatten, tree_unflatten
-from .rows import norm, ones_for
+from .rows import norm
 
 if TYPE_CHECKING:
     from .flat import FlatProblem
@@ -57,14 +57,18 @@ def compiled_gradient(flat: FlatProblem) -> Gradient:
     Raises:
         ObjectiveError: The inner objective cannot be compiled, or means something else then.
     """
-    count, per_task = flat.count, flat.outer.per_task
+    if flat.problem.is_equilibrium:
+        raise ObjectiveError(
+            "an equilibrium has no inner objective whose gradient could be compiled; pass "
+            "compile=False"
+        )
+    alone, per_task = flat.count == 1, flat.outer.per_task
     outer, outer_spec = [leaf.detach() for leaf in flat.outer.leaves], flat.outer.spec
-    batch, batch_spec = tree_flatten(flat.batch)
-    _check_batch(batch)
-    if count == 1:
+    if alone and per_task:
         # One task is compiled without a dimension of tasks.
-        outer = [leaf.squeeze(0) for leaf in outer] if per_task else outer
-        batch = [x.squeeze(0) if isinstance(x, Tensor) else x for x in batch]
+        outer = [leaf.squeeze(0) for leaf in outer]
+    batch, batch_spec = tree_flatten(flat.tasks.only(flat.batch) if alone else flat.batch)
+    _check_batch(batch)
     data = [x for x in batch if isinstance(x, Tensor)]
     constants = tuple((_TENSOR,) if isinstance(x, Tensor) else x for x in batch)
     shapes = _shapes([*flat.vector.shapes, *outer, *data])
@@ -72,8 +76,9 @@ def compiled_gradient(flat: FlatProblem) -> Gradient:
     # A number and a truth may be equal, but are not the same to a user's function.
     kinds = tuple(type(x) for x in constants)
     place = (flat.vector.dtype, flat.device, shapes, specs)
-    key = (flat.kernels.compile, count, per_task, constants, kinds, place)
+    key = (flat.kernels.compile, flat.count, per_task, constants, kinds, place)
     objective = flat.problem.inner_objective
+    others = (tuple(outer), tuple(data))
 
     def gradient(leaves: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         kept = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
@@ -82,16 +87,10 @@ def compiled_gradient(flat: FlatProblem) -> Gradient:
         if known.get((key, kept), (None,))[0] != objective:
             stacked = (0, 0 if per_task else None, 0)
             made = _compiled(flat, stacked, outer_spec, batch_spec, constants)
+            _compare(flat, lambda at: _called(made, kept, tuple(at), *others)[1], kept)
             known[key, kept] = (objective, made)
-            try:
-                _compare(flat, gradient, kept)
-            except ObjectiveError:
-                del known[key, kept]
-                raise
-        function = known[key, kept][1]
-        found = _called(function, kept, tuple(leaves), tuple(outer), tuple(data))
-        values: Tensor = found[0]
-        return (values.unsqueeze(0) if count == 1 else values), list(found[1])
+        values, slopes = _called(known[key, kept][1], kept, tuple(leaves), *others)
+        return (values.unsqueeze(0) if alone else values), list(slopes)
 
     return gradient
 
@@ -119,11 +118,6 @@ def _compiled(
     constants: tuple[Any, ...],
 ) -> Callable[..., Any]:
     objective, vector, count = flat.problem.inner_objective, flat.vector, flat.count
-    if flat.problem.is_equilibrium:
-        raise ObjectiveError(
-            "an equilibrium has no inner objective whose gradient could be compiled; pass "
-            "compile=False"
-        )
     if count > 1 and (_NAME in flat.stacking.looped or flat.stacking.mode == "loop"):
         raise ObjectiveError(
             f"`{_NAME}` cannot be stacked by torch.vmap, which compiling stacked tasks needs; pass "
@@ -161,7 +155,7 @@ def _compiled(
     )
     backend = flat.kernels.compile
     name = backend if isinstance(backend, str) else "inductor"
-    with _told_clearly():
+    with _compiler_errors():
         compiled: Callable[..., Any] = torch.compile(
             own, fullgraph=True, dynamic=False, backend=name
         )
@@ -172,48 +166,56 @@ def _called(function: Callable[..., Any], kept: bool, *arguments: Any) -> Any:
     from torch._functorch import config  # the compiler takes seconds to import
 
     # The graph of the slopes is pulled through many times.
-    with _told_clearly(), config.patch(donated_buffer=False) if kept else nullcontext():
+    with _compiler_errors(), config.patch(donated_buffer=False) if kept else nullcontext():
         return function(*arguments)
 
 
 @contextmanager
-def _told_clearly() -> Iterator[None]:
+def _compiler_errors() -> Iterator[None]:
     """Turn the compiler's errors into ours, and leave nothing of a failure behind.
 
     Raises:
         ObjectiveError: The compiler failed.
     """
+    from torch._dynamo.exc import FailOnRecompileLimitHit, InvalidBackend, TorchDynamoException
+
     autograd = torch._C._autograd
-    disabled = autograd._saved_tensors_hooks_get_disabled_error_message()
+    message = autograd._saved_tensors_hooks_get_disabled_error_message
+    enabled = message() is None
     try:
         yield
-    except Exception as error:
-        if disabled is None:
+    except FailOnRecompileLimitHit as error:
+        raise _failure(
+            error, "pass what changes between calls as a tensor, in the batch or in `outer`"
+        ) from error
+    except InvalidBackend as error:
+        raise _failure(error, "pass True or the name of a backend of torch.compile") from error
+    except TorchDynamoException as error:
+        raise _failure(error, "write it without what the compiler cannot follow") from error
+    finally:
+        if enabled and message() is not None:
             # A trace that fails inside a transform leaves autograd's hooks switched off.
             autograd._saved_tensors_hooks_enable()
-        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            raise
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = " ".join(lines[:3])[:240]
-        cure = "write it without what the compiler cannot follow"
-        if "Recompile" in type(error).__name__ or "recompile" in reason:
-            cure = "pass what changes between calls as a tensor, in the batch or in `outer`"
-        elif "Backend" in type(error).__name__ and "Failed" not in type(error).__name__:
-            cure = "pass True or the name of a backend of torch.compile"
-        raise ObjectiveError(f"`{_NAME}` cannot be compiled ({reason}); {cure}, {_CURE}") from error
 
 
-def _compare(flat: FlatProblem, gradient: Gradient, kept: bool) -> None:
+def _failure(error: Exception, cure: str) -> ObjectiveError:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = " ".join(lines[:3])[:240]
+    return ObjectiveError(f"`{_NAME}` cannot be compiled ({reason}); {cure}, {_CURE}")
+
+
+def _compare(
+    flat: FlatProblem, slopes_at: Callable[[Sequence[Tensor]], Sequence[Tensor]], kept: bool
+) -> None:
     """Compare a compiled gradient with the one that was not compiled, where they are finite.
 
-    Where its graph is kept, compare a product with the Hessian, too.
-
-    At two points: the start may be a solution, where the gradient is rounding.
+    Where its graph is kept, compare a product with the Hessian, too. At two points: the start may
+    be a solution, where the gradient is rounding.
 
     Raises:
         ObjectiveError: They differ.
     """
-    plain = flat.plain()
+    plain = flat.plain().not_compiled()
     signs = torch.ones_like(plain.start)
     signs[:, 1::2] = -1.0
     ahead = plain.start + 0.1 * signs * (1.0 + plain.start.abs())
@@ -222,14 +224,11 @@ def _compare(flat: FlatProblem, gradient: Gradient, kept: bool) -> None:
     with torch.enable_grad(), torch.autocast(flat.device.type, enabled=False):
         for z in (plain.start, ahead):
             tree, leaves = plain.cut(z)
-            values = plain.call(_NAME, tree, plain.batch)
-            slopes = torch.autograd.grad(
-                values, leaves, ones_for(values), create_graph=True, materialize_grads=True
-            )
+            slopes, _ = plain.slopes(tree, leaves, keep_graph=True)
             known.append(_with_product(plain, slopes, leaves, signs))
             _, leaves = plain.cut(z)
             with torch.set_grad_enabled(kept):
-                compiled = gradient(leaves)[1]
+                compiled = slopes_at(leaves)
             found.append(_with_product(plain, compiled, leaves, signs))
     for what, i in (("gradient", 0), ("Hessian product", 1))[: 1 + kept]:
         rows = [torch.cat([one[i] for one in both], -1) for both in (known, found)]

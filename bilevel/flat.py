@@ -25,6 +25,7 @@ from .pytree import (
     check_floating,
     leaf_names,
     tree_flatten,
+    tree_leaves,
     tree_unflatten,
 )
 from .regularizer import Proximal, check_strength
@@ -273,22 +274,23 @@ class FlatProblem:
         self.counts["gradients"] += self.count
         if self.differentiable and not z.requires_grad:
             z = z.detach().requires_grad_()
-        if self.problem.is_equilibrium:
-            low = step_precision("full" if self.differentiable else self.precision, self.device)
-            with torch.set_grad_enabled(self.differentiable), low:
-                # Rounded or not, it has the dtype of the point, which a solver adds it to.
-                gradient = self._stationarity(z).to(z.dtype)
-                value = z.new_full((self.count,), float("nan"))
-        elif self.differentiable:
+        if not self.differentiable:
+            with step_precision(self.precision, self.device):
+                tree, leaves = self.cut(z)
+                slopes, value = self.slopes(tree, leaves, keep_graph=False)
+            # Rounded or not, it has the dtype of the point, which a solver adds it to.
+            gradient = self.joined(slopes).to(z.dtype)
+        elif self.problem.is_equilibrium:
+            with torch.enable_grad():
+                gradient = self._stationarity(z)
+            value = z.new_full((self.count,), float("nan"))
+        else:
             # vmap sees the objective only; differentiating its sum from outside is exact, where
             # reverse-differentiating vmap(grad) is wrong for normalisation layers.
             with torch.enable_grad():
                 values = self._objective(z)
                 (gradient,) = torch.autograd.grad(values, z, ones_for(values), create_graph=True)
             value = values.detach()
-        else:
-            with step_precision(self.precision, self.device):
-                value, gradient = self._plain_gradient(z)
         if self._strength is not None:
             with torch.set_grad_enabled(self.differentiable):
                 offset = z - self._center
@@ -300,19 +302,39 @@ class FlatProblem:
             self.notes["first_residual"] = norm(gradient.detach())
         return value, gradient
 
-    def _plain_gradient(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """The inner objective and its gradient, without the regularizer and without a graph."""
+    def slopes(
+        self, tree: PyTree, leaves: list[Tensor], *, keep_graph: bool
+    ) -> tuple[list[Tensor], Tensor]:
+        """F without the regularizer, leaf by leaf, and g ``[tasks]``, detached; NaN for equilibria.
+
+        Args:
+            tree: The inner variable.
+            leaves: Its leaves, which require grad (`cut`).
+            keep_graph: Whether F has a graph.
+        """
         if self.kernels.compile:
-            with torch.no_grad():
-                values, slopes = self.compiled(self.parts(z.detach()))
-            return values, self.joined(slopes)
-        tree, leaves = self.cut(z)
-        with torch.enable_grad():
-            values = self.call("inner_objective", tree, self.batch)
-            slopes = list(
-                torch.autograd.grad(values, leaves, ones_for(values), materialize_grads=True)
-            )
-        return values.detach(), self.joined(slopes)
+            with torch.set_grad_enabled(keep_graph):
+                values, slopes = self.compiled(leaves)
+        elif self.problem.is_equilibrium:
+            with torch.set_grad_enabled(keep_graph):
+                found = tree_leaves(
+                    self.vector.matched(self.call("stationarity", tree, self.batch))
+                )
+                slopes = [one.reshape(x.shape) for one, x in zip(found, leaves, strict=True)]
+            values = leaves[0].new_full((self.count,), float("nan"))
+        else:
+            with torch.enable_grad():
+                values = self.call("inner_objective", tree, self.batch)
+                slopes = list(
+                    torch.autograd.grad(
+                        values,
+                        leaves,
+                        ones_for(values),
+                        create_graph=keep_graph,
+                        materialize_grads=True,
+                    )
+                )
+        return slopes, values.detach()
 
     def outer_value(self, z: Tensor) -> Tensor:
         """Outer objective f ``[tasks]``."""

@@ -15,7 +15,7 @@ from .engine import Engine, check_engine, chunk_size
 from .errors import BilevelWarning, InPlaceError
 from .flat import FlatProblem, Outer
 from .inner_solver import InnerSolver
-from .kernels import Kernels
+from .kernels import Kernels, check_kernels
 from .method import Estimate, HypergradientMethod, Start
 from .probe import probe
 from .problem import BilevelProblem
@@ -133,8 +133,7 @@ def compute(
     if reduction not in ("mean", "none"):
         raise ValueError(f"`reduction` is {reduction!r}; pass 'mean' or 'none'")
     check_engine(engine, task_chunk)
-    if not (kernels is None or isinstance(kernels, Kernels)):
-        raise ValueError(f"`kernels` is {kernels!r}; pass Kernels(...), or None")
+    check_kernels(kernels)
     check_problem(problem, inner_solver, method, inner)
     variable = Outer.of(outer)
     groups = group(task, inner)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
-__all__ = ["Kernels"]
+__all__ = ["Kernels", "check_kernels"]
 
 Precision: TypeAlias = Literal["full", "tf32", "bf16"]
 Products: TypeAlias = Literal["kept", "recomputed"]
@@ -29,9 +29,8 @@ class Kernels:
             undoes most of it. Solvers that compare values of the objective refuse it, as does
             `Unrolled`. Costs two more gradients for each solve, of which one is rounded.
         products: ``"kept"``: the graph of the gradient is kept, and each product is one pull
-            through it. ``"recomputed"``: nothing is kept between products, and each makes the graph
-            again, which frees at most a sixth of a hypergradient's memory, nothing where the outer
-            objective needs more, and makes a product half as dear again. Reverse
+            through it. ``"recomputed"``: each product makes the graph again and frees it, so that
+            nothing is held between products, and a product is about half as dear again. Reverse
             mode in both: over forward mode, which would need less, PyTorch's second derivatives of
             some norms and matrix functions are wrong.
 
@@ -51,3 +50,13 @@ class Kernels:
                 raise ValueError(f"`{name}` is {value!r}; pass one of {choices}")
         if not isinstance(self.compile, bool | str) or self.compile == "":
             raise ValueError(f"`compile` is {self.compile!r}; pass True, False or a backend's name")
+
+
+def check_kernels(kernels: object) -> None:
+    """Refuse what is neither `Kernels` nor None.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if not (kernels is None or isinstance(kernels, Kernels)):
+        raise ValueError(f"`kernels` is {kernels!r}; pass Kernels(...), or None")

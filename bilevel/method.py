@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,7 +22,7 @@ from .operator import Operator, SecantPairs
 from .point import ErrorEstimate, Point, corrected, estimate_error
 from .problem import Structure
 from .refinement import refined
-from .rows import all_between, norm
+from .rows import all_between
 from .status import Status, marked, residual_status, worst
 
 __all__ = ["Estimate", "HypergradientMethod", "ImplicitMethod", "Start"]
@@ -75,8 +73,8 @@ class Estimate:
         has_inner_value: False for an equilibrium, whose ``inner_value`` is NaN.
         derivative: How much of ∂_z f is left where differentiation begins ``[tasks]``; None for
             methods that do not unroll.
-        distance: Makes how far the inner solution is at least, relative to its size ``[tasks]``;
-            None where no curvature was met.
+        distance: How far the inner solution is at least, relative to its size ``[tasks]``; None
+            where no curvature was met.
         error: The estimate of the error, where it was asked for.
         bound: The certified relative error ``[tasks]``, where it was asked for.
         metrics: The problem's metrics at ``z``, ``[tasks]`` each, where they came with f; None: to
@@ -92,7 +90,7 @@ class Estimate:
     inner_depends: bool = True
     has_inner_value: bool = True
     derivative: Tensor | None = None
-    distance: Callable[[], Tensor] | None = None
+    distance: Tensor | None = None
     error: ErrorEstimate | None = None
     bound: Tensor | None = None
     metrics: dict[str, Tensor] | None = None
@@ -285,8 +283,6 @@ class ImplicitMethod(HypergradientMethod):
         else:
             carry = replace(carry, z=point.z)
             inner = inner_solver.report(carry, residual, flat.notes.get("first_residual"))
-        # Now: a user may write to the points before the distance is asked for.
-        size = norm(point.z) if carry is None else torch.maximum(norm(point.z), norm(flat.start))
         gradient = point.gradient
         if summed:
             gradient = tuple(
@@ -303,7 +299,7 @@ class ImplicitMethod(HypergradientMethod):
             any(leaf is not None for leaf in point.cross),
             distance=None
             if problem.is_equilibrium
-            else partial(distance, size, residual, adjoint.curvature_max),
+            else distance(point.z, residual, adjoint, flat.start),
             error=self._error(point),
             bound=certified_bound(point) if self.error_bound else None,
             metrics=system.metrics,

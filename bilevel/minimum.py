@@ -76,12 +76,13 @@ def check_symmetry(system: LinearisedSystem) -> None:
         )
 
 
-def distance(size: Tensor, residual: Tensor, largest: Tensor) -> Tensor:
+def distance(z: Tensor, residual: Tensor, adjoint: LinearSolution, start: Tensor) -> Tensor:
     """‖F‖ / L over the inner variable's size: at least so far is the solution, ``[tasks]``.
 
     L is the largest curvature that the solve of the adjoint has met. NaN where it met none.
     """
-    return residual / largest.abs() / torch.where(size > 0, size, 1.0)
+    size = torch.maximum(norm(z), norm(start))
+    return residual / adjoint.curvature_max.abs() / torch.where(size > 0, size, 1.0)
 
 
 def _indefinite(found: LinearSolution, negative: Tensor) -> LinearSolution:

@@ -49,7 +49,6 @@ def probe(flat: FlatProblem) -> None:
         raise DependenceError(
             f"`{name}` does not depend on `inner`; compute it from its first argument"
         )
-    flat.stacking.inner_uses_outer |= reaches(inner, outer.leaves)
     last = _evaluate(flat, "outer_objective", z, flat.tasks.outer_batch, "outer_batch", allowed)
     if not last.requires_grad:
         raise DependenceError(

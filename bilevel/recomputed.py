@@ -20,7 +20,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .flat import FlatProblem
 from .rows import full_precision
-from .stationarity import Stationarity, evaluated, pushed, regularized
+from .stationarity import Stationarity, pushed, regularized
 
 __all__ = ["RecomputedStationarity"]
 
@@ -42,7 +42,7 @@ class RecomputedStationarity(Stationarity):
         flat = flat.drawn()
         z, plain = z.detach(), flat.plain()
         with full_precision(z.device):
-            slopes, inner_value = evaluated(plain, *plain.cut(z), keep_graph=False)
+            slopes, inner_value = plain.slopes(*plain.cut(z), keep_graph=False)
             value = plain.joined([slope.detach() for slope in slopes])
             value, inner_value, _ = regularized(plain, z, value, inner_value)
         found = cls(flat, value, inner_value, z)
@@ -101,7 +101,7 @@ class RecomputedStationarity(Stationarity):
         """
         with torch.enable_grad(), full_precision(self.z.device):
             tree, leaves = flat.cut(self.z)
-            slopes, _ = evaluated(flat, tree, leaves, keep_graph=True)
+            slopes, _ = flat.slopes(tree, leaves, keep_graph=True)
         places = [i for i, slope in enumerate(slopes) if slope.requires_grad]
         return leaves, [get_gradient_edge(slopes[i]) for i in places], places
 

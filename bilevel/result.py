@@ -59,6 +59,9 @@ class Diagnostics:
             ``products``, objective ``values``.
         unused: Names of outer leaves on which nothing depends; their gradient is zero.
         failed: Positions of tasks that were left out of the mean.
+        inner_distance: ‖∂_z G‖ / L over the size of the inner variable, ``[tasks]``, with L the
+            largest curvature met: the inner solution is at least about so far. NaN where no
+            curvature was met, None for methods that meet none.
         derivative_residual: Unrolled only: ‖(∂z_T/∂z_0)ᵀ ∂_z f‖ / ‖∂_z f‖ over the steps that were
             differentiated, ``[tasks]``. It falls to 0 as the derivative forgets where the steps
             began, which is when unrolling agrees with the implicit hypergradient; near 1 or above,
@@ -79,6 +82,7 @@ class Diagnostics:
     counts: dict[str, int]
     unused: tuple[str, ...] = ()
     failed: tuple[int, ...] = ()
+    inner_distance: Tensor | None = None
     derivative_residual: Tensor | None = None
     error_estimate: Tensor | None = None
     inner_error: Tensor | None = None
@@ -87,16 +91,6 @@ class Diagnostics:
     error_status: tuple[Status, ...] = ()
     error_bound: Tensor | None = None
     engine: tuple[Engine, ...] = ()
-    _distance: Callable[[], Tensor] | None = field(default=None, repr=False)
-
-    @cached_property
-    def inner_distance(self) -> Tensor | None:
-        """‖∂_z G‖ / L over the size of the inner variable, ``[tasks]``.
-
-        L is the largest curvature met: the inner solution is at least about so far. NaN where no
-        curvature was met, None for methods that meet none.
-        """
-        return None if self._distance is None else self._distance()
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .compiled import Compiled
 from .errors import BilevelWarning, ObjectiveError, RandomnessError
-from .pytree import PyTree, matched, tree_flatten, tree_unflatten
+from .pytree import PyTree, matched, tree_flatten, tree_map, tree_unflatten
+from .task import without_tasks
 
 __all__ = ["Stacking"]
 
@@ -29,8 +30,7 @@ class Stacking:
     native_norms: set[str] = field(default_factory=set)
     probed: set[Any] = field(default_factory=set)
     one_by_one: dict[Any, bool] = field(default_factory=dict)
-    inner_uses_outer: bool = False
-    pulls_blocks: bool | None = None
+    pulls_blocks: bool = True
     compiled: Compiled = field(default_factory=Compiled)
 
     def __call__(
@@ -68,7 +68,8 @@ class Stacking:
         name: str,
     ) -> PyTree:
         if count == 1:
-            return _lift(function(*_task(arguments, stacked)), name)
+            given = zip(arguments, stacked, strict=True)
+            return _lift(function(*(without_tasks(x) if flag else x for x, flag in given)), name)
         if self.mode == "loop" or name in self.looped:
             return _loop(function, arguments, stacked, count, name)
         try:
@@ -183,40 +184,10 @@ def _check_tensors(leaves: list[Any], name: str) -> None:
             )
 
 
-def _task(arguments: tuple[PyTree, ...], stacked: tuple[bool, ...]) -> tuple[PyTree, ...]:
-    return tuple(
-        _mapped(_first_of, argument) if flag else argument
-        for argument, flag in zip(arguments, stacked, strict=True)
-    )
-
-
-def _mapped(function: Callable[[Any], Any], tree: PyTree) -> PyTree:
-    """`tree_map` of the trees that functions get and return most often, in a third of the time."""
-    if isinstance(tree, Tensor):
-        return function(tree)
-    kind = type(tree)
-    if kind is tuple or kind is list:
-        return kind(_mapped(function, one) for one in tree)
-    if kind is dict:
-        return {key: _mapped(function, one) for key, one in tree.items()}
-    leaves, spec = tree_flatten(tree)
-    return tree_unflatten([function(leaf) for leaf in leaves], spec)
-
-
-def _first_of(x: Any) -> Any:
-    return _first(x) if isinstance(x, Tensor) else x
-
-
-def _first(x: Tensor) -> Tensor:
-    """The single task of a stack of one."""
-    # A view: `select` on dimension 0 of size 1 costs a full copy backward. Sparse data have none.
-    return x.squeeze(0) if x.layout == torch.strided else x[0]
-
-
 def _lift(tree: PyTree, name: str) -> PyTree:
     def lifted(leaf: Any) -> Tensor:
         _check_tensors([leaf], name)
         tensor: Tensor = leaf.unsqueeze(0)
         return tensor
 
-    return _mapped(lifted, tree)
+    return tree_map(lifted, tree)

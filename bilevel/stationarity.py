@@ -18,10 +18,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from .flat import FlatProblem
-from .pytree import PyTree, tree_leaves
-from .rows import full_precision, norm, ones_for
+from .rows import full_precision, norm
 
-__all__ = ["Stationarity", "StationarityGraph", "evaluated", "pushed", "regularized"]
+__all__ = ["Stationarity", "StationarityGraph", "pushed", "regularized"]
 
 _LARGEST_BLOCK = 2**17
 Output = TypeVar("Output", Tensor, GradientEdge)
@@ -89,7 +88,7 @@ class StationarityGraph(Stationarity):
         z = z.detach()
         with torch.enable_grad(), full_precision(z.device):
             tree, leaves = flat.cut(z)
-            slopes, inner_value = evaluated(flat, tree, leaves, keep_graph=True)
+            slopes, inner_value = flat.slopes(tree, leaves, keep_graph=True)
             value = flat.joined([slope.detach() for slope in slopes])
             value, inner_value, pulled = regularized(flat, z, value, inner_value)
         graph = cls(flat, value, inner_value, leaves, slopes, pulled)
@@ -110,25 +109,23 @@ class StationarityGraph(Stationarity):
     def pull_block(self, block: Tensor) -> Tensor:
         """`pull` of many vectors ``[vectors, tasks, n]``, in one batched pass where that is sound.
 
-        One pass saves launches, which is most of the time of a small problem, and of a large one it
-        needs the more memory. Its first column is compared with `pull` once for each problem, since
-        the rules that PyTorch batches by are many.
+        One pass saves launches, which is most of the time of a small problem; of a large one it
+        needs the more memory. Its first column is compared with `pull`, since the rules that
+        PyTorch batches by are many.
         """
         record = self.flat.stacking
-        sound = record.pulls_blocks is not False and not self.flat.kernels.compile
-        if not sound or not self._places or block.numel() > _LARGEST_BLOCK:
+        small = len(block) > 1 and block.numel() <= _LARGEST_BLOCK
+        if not (small and self._places and record.pulls_blocks) or self.flat.kernels.compile:
             return super().pull_block(block)
         try:
             found = self._batched(block)
+            wanted = self.pull(block[0])
+            gap = torch.linalg.vector_norm(found[0] - wanted)
+            noise = torch.finfo(block.dtype).eps ** 0.5 * torch.linalg.vector_norm(wanted)
+            record.pulls_blocks = bool(gap <= noise)
         except RuntimeError:
             # Some operations have no batching rule, such as those on sparse matrices.
             record.pulls_blocks = False
-            return super().pull_block(block)
-        if record.pulls_blocks is None:
-            wanted = self.pull(block[0])
-            gap = torch.linalg.vector_norm(found[0] - wanted)
-            eps = torch.finfo(block.dtype).eps ** 0.5
-            record.pulls_blocks = bool(gap <= eps * torch.linalg.vector_norm(wanted))
         return found if record.pulls_blocks else super().pull_block(block)
 
     def _batched(self, block: Tensor) -> Tensor:
@@ -154,12 +151,10 @@ class StationarityGraph(Stationarity):
 
     def cross(self, v: Tensor) -> list[Tensor | None]:
         """(∂_x F)ᵀ v, one tensor for each outer leaf, None where F does not depend on it."""
-        outputs, weights = self._live(v)
         if self.flat.kernels.compile:
-            if self.flat.stacking.inner_uses_outer:
-                # The compiled gradient takes the outer variable for a constant.
-                return self._not_compiled.cross(v)
-            outputs, weights = [], []
+            # The compiled gradient takes the outer variable for a constant.
+            return self._not_compiled.cross(v)
+        outputs, weights = self._live(v)
         if self.pulled is not None and self.pulled.requires_grad:
             outputs, weights = [*outputs, self.pulled], [*weights, v]
         outer = self.flat.outer.leaves
@@ -188,40 +183,6 @@ class StationarityGraph(Stationarity):
     def _not_compiled(self) -> StationarityGraph:
         z = self.flat.joined([leaf.detach() for leaf in self.leaves])
         return StationarityGraph.at(self.flat.not_compiled(), z)
-
-
-def evaluated(
-    flat: FlatProblem, tree: PyTree, leaves: list[Tensor], *, keep_graph: bool
-) -> tuple[list[Tensor], Tensor]:
-    """F without the regularizer, leaf by leaf, and g ``[tasks]``, detached; NaN for equilibria.
-
-    Args:
-        flat: The problem on stacked tasks.
-        tree: The inner variable.
-        leaves: Its leaves, which require grad.
-        keep_graph: Whether F has a graph.
-    """
-    if flat.kernels.compile:
-        with torch.set_grad_enabled(keep_graph):
-            values, slopes = flat.compiled(leaves)
-        return slopes, values.detach()
-    if flat.problem.is_equilibrium:
-        with torch.set_grad_enabled(keep_graph):
-            found = tree_leaves(flat.vector.matched(flat.call("stationarity", tree, flat.batch)))
-            slopes = [one.reshape(x.shape) for one, x in zip(found, leaves, strict=True)]
-        return slopes, leaves[0].new_full((flat.count,), float("nan"))
-    with torch.enable_grad():
-        values = flat.call("inner_objective", tree, flat.batch)
-        slopes = list(
-            torch.autograd.grad(
-                values,
-                leaves,
-                ones_for(values),
-                create_graph=keep_graph,
-                materialize_grads=True,
-            )
-        )
-    return slopes, values.detach()
 
 
 def regularized(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -45,11 +46,11 @@ class Task:
     @property
     def alone(self) -> TaskBatch:
         """The task as a stack of one, which shares its memory; made once for the same tensors."""
-        leaves, known = _identities(_leaves(self)), self.__dict__.get("_alone")
-        if known is None or known[0] != leaves:
-            known = leaves, Task.stack([self])
+        leaves, known = _leaves(self), self.__dict__.get("_alone")
+        if known is None or not known.holds(leaves):
+            known = _Made.of(leaves, Task.stack([self]))
             object.__setattr__(self, "_alone", known)
-        batch: TaskBatch = known[1]
+        batch: TaskBatch = known.value
         return batch
 
     def __getstate__(self) -> dict[str, Any]:
@@ -145,13 +146,15 @@ class TaskBatch:
 
     def only(self, batch: PyTree) -> PyTree:
         """The batch of a single task, without the dimension of tasks; made once for one batch."""
-        leaves, known = _identities(tree_leaves(batch)), self.__dict__.get("_only", {})
-        found = known.get(id(batch))
-        if found is None or found[0] != leaves:
-            found = leaves, _without_tasks(batch)
-            if batch is self.inner_batch or batch is self.outer_batch:
-                object.__setattr__(self, "_only", {**known, id(batch): found})
-        return found[1]
+        name = "inner" if batch is self.inner_batch else "outer"
+        if name == "outer" and batch is not self.outer_batch:
+            return without_tasks(batch)  # drawn by a stream, and not again
+        leaves, known = tree_leaves(batch), self.__dict__.get("_only", {})
+        found = known.get(name)
+        if found is None or not found.holds(leaves):
+            found = _Made.of(leaves, without_tasks(batch))
+            object.__setattr__(self, "_only", {**known, name: found})
+        return found.value
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: x for name, x in self.__dict__.items() if name != "_only"}
@@ -221,28 +224,37 @@ def positions_by_shape(tasks: Sequence[Task]) -> list[list[int]]:
     return list(groups.values())
 
 
-class _Same:
-    """Equal to itself only, and kept alive, so that nothing else gets its address."""
+@dataclass(frozen=True)
+class _Made:
+    """Something made from leaves, while these are the very same ones.
 
-    def __init__(self, thing: Any) -> None:
-        self.thing = thing
+    A batch's dict may hold others later, and a tensor may be given other numbers by its ``data``.
+    """
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.thing is other.thing
+    leaves: list[Any]
+    places: list[Any]
+    value: Any
 
-    __hash__ = None  # type: ignore[assignment]
+    @classmethod
+    def of(cls, leaves: list[Any], value: Any) -> _Made:
+        return cls(leaves, [_place(leaf) for leaf in leaves], value)
+
+    def holds(self, leaves: list[Any]) -> bool:
+        return (
+            len(leaves) == len(self.leaves)
+            and all(map(operator.is_, leaves, self.leaves))
+            and [_place(leaf) for leaf in leaves] == self.places
+        )
 
 
-def _identities(leaves: list[Any]) -> list[Any]:
-    """The very objects, and where their numbers lie: a batch may hold others by now."""
-    out: list[Any] = [_Same(leaf) for leaf in leaves]
-    for x in leaves:
-        if isinstance(x, Tensor) and x.layout == torch.strided:
-            try:
-                out.append(x.data_ptr())
-            except RuntimeError:
-                out.append(object())  # under a transform a tensor lies nowhere: remember nothing
-    return out
+def _place(leaf: Any) -> Any:
+    """Where a tensor's numbers lie; never the same where that cannot be told."""
+    if not isinstance(leaf, Tensor) or leaf.layout != torch.strided:
+        return None
+    try:
+        return leaf.data_ptr(), leaf.shape
+    except RuntimeError:
+        return object()  # under a transform a tensor lies nowhere
 
 
 def _leaves(task: Task | TaskBatch) -> list[Any]:
@@ -347,7 +359,9 @@ def _slice(tree: PyTree, first: int, last: int) -> PyTree:
     return tree_map(cut, tree)
 
 
-def _without_tasks(tree: PyTree) -> PyTree:
+def without_tasks(tree: PyTree) -> PyTree:
+    """The data of a single task, without the dimension of tasks."""
+
     def first(x: Any) -> Any:
         if not isinstance(x, Tensor):
             return x

@@ -17,7 +17,7 @@ from .errors import SolveError
 from .flat import Outer
 from .hypergradient import hypergradient
 from .inner_solver import InnerSolver
-from .kernels import Kernels
+from .kernels import Kernels, check_kernels
 from .method import HypergradientMethod
 from .problem import BilevelProblem
 from .pytree import PyTree, tree_unflatten
@@ -106,6 +106,7 @@ class Trainer:
         if self.on_failure not in ("raise", "skip", "mean"):
             raise ValueError(f"`on_failure` is {self.on_failure!r}; pass 'raise', 'skip' or 'mean'")
         check_engine(self.engine, self.task_chunk)
+        check_kernels(self.kernels)
         WarmStarts(self.warm_start, constant=True)
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"`clip` is {self.clip}; pass a norm > 0, or None")

@@ -12,6 +12,7 @@ from bilevel import (
     Proximal,
     Task,
     TaskBatch,
+    Trainer,
     errors,
     hypergradient,
     problem_from,
@@ -217,6 +218,14 @@ def test_a_distance_is_that_of_the_point_at_the_time():
 def test_what_is_no_kernels_is_refused(kernels):
     with pytest.raises(ValueError, match=r"`kernels` is .*pass Kernels"):
         run(Shifted(), None, kernels)
+    with pytest.raises(ValueError, match=r"`kernels` is .*pass Kernels"):
+        Trainer(
+            Shifted(),
+            inner_solver=STEPS,
+            method=ImplicitCG(),
+            optimizer=lambda leaves: torch.optim.SGD(leaves, lr=0.1),
+            kernels=kernels,
+        )
 
 
 def test_an_evaluation_of_the_wrong_kind_is_refused():

@@ -96,14 +96,11 @@ class Progress:
     @property
     def curvature(self) -> tuple[Tensor, Tensor]:
         """The smallest and the largest finite quotient met; NaN if none was."""
-        if self._ends and not self._quotients:
-            return self.rr.new_tensor([min(self._ends)]), self.rr.new_tensor([max(self._ends)])
-        for end in self._ends:
-            self._quotients.append(self.rr.new_tensor([end]))
-        if not self._quotients:
+        quotients = [*self._quotients, *(self.rr.new_tensor([end]) for end in self._ends)]
+        if not quotients:
             nan = torch.full_like(self.rr, float("nan"))
             return nan, nan
-        met = torch.stack(self._quotients)
+        met = torch.stack(quotients)
         if self._sound:
             return met.aminmax(dim=0)
         low = met.nan_to_num(math.inf, math.inf, math.inf).amin(0)

@@ -96,9 +96,10 @@ class SciPy(LinearSolver):
         return LinearSolution(x, status, residual, steps, nan, nan)
 
     def _solve_one(self, host: _Host, r: Array, target: float) -> Array:
-        """The solution of one task; SciPy starts over from the residual while that halves it.
+        """The solution of one task; SciPy starts over from the residual until that is small.
 
-        Its solvers understand tolerances differently, and some stop early by ours.
+        Its solvers understand tolerances differently, and some stop early by ours: where a start
+        does not halve the residual, the next one is asked for more.
         """
         import numpy as np
 
