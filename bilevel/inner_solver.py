@@ -81,7 +81,7 @@ class InnerSolver(ABC):
         """The solver's state before the first step.
 
         A pytree of tensors with a leading dimension of tasks; 0-d ones are counters, through which
-        nothing is differentiated.
+        nothing is differentiated. A solver that is not differentiable may keep objects of its own.
         """
 
     @abstractmethod

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bilevel.flat import FlatProblem
-from bilevel.rows import all_finite, column, dot
+from bilevel.rows import Choice, all_finite, column, dot
 
 __all__ = ["backtrack"]
 
@@ -57,10 +57,10 @@ def backtrack(
         accept = (
             ~done & (armijo | (flatter & (value <= start_value + noise))) & all_finite(gradient)
         )
-        rows = accept.unsqueeze(-1)
-        best_z = torch.where(rows, trial, best_z)
-        best_gradient = torch.where(rows, gradient, best_gradient)
-        best_value = torch.where(accept, value, best_value)
+        choose = Choice(accept)
+        best_z = choose(trial, best_z)
+        best_gradient = choose(gradient, best_gradient)
+        best_value = choose(value, best_value)
         done = done | accept
         if bool(done.all()):
             break

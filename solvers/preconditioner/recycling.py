@@ -14,7 +14,7 @@ from bilevel.operator import MatVec, Operator
 from bilevel.preconditioner import Preconditioner
 from bilevel.registry import PRECONDITIONERS
 
-from .two_loop import inverse_from_pairs
+from .secant_inverse import SecantInverse
 
 __all__ = ["RecyclingPreconditioner"]
 
@@ -47,6 +47,6 @@ class RecyclingPreconditioner(Preconditioner):
         return self.pairs
 
     def prepare(self, operator: Operator, like: Tensor) -> MatVec:
-        """The two-loop recursion on the recycled pairs."""
+        """The L-BFGS inverse of the recycled pairs."""
         pairs = operator.recycled_pairs
-        return (lambda v: v) if pairs is None else inverse_from_pairs(pairs)
+        return (lambda v: v) if pairs is None else SecantInverse.of(pairs)

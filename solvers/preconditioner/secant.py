@@ -15,7 +15,7 @@ from bilevel.operator import MatVec, Operator
 from bilevel.preconditioner import Preconditioner
 from bilevel.registry import PRECONDITIONERS
 
-from .two_loop import inverse_from_pairs
+from .secant_inverse import SecantInverse
 
 __all__ = ["SecantPreconditioner"]
 
@@ -26,7 +26,7 @@ class SecantPreconditioner(Preconditioner):
     """The L-BFGS inverse from the inner solver's own pairs; it costs no product."""
 
     def prepare(self, operator: Operator, like: Tensor) -> MatVec:
-        """The two-loop recursion on the inner pairs.
+        """The L-BFGS inverse of the inner pairs.
 
         Raises:
             StructureError: The inner solver left no pairs.
@@ -36,4 +36,4 @@ class SecantPreconditioner(Preconditioner):
                 "SecantPreconditioner needs the pairs of a quasi-Newton inner solver, and there "
                 "are none; use LBFGS as inner solver, or another preconditioner"
             )
-        return inverse_from_pairs(operator.inner_pairs)
+        return SecantInverse.of(operator.inner_pairs)
