@@ -134,9 +134,9 @@ FULL = Grid(
     first_order_steps=(100, 200, 300, 400, 500, 600, 700, 800),
     quasi_newton_steps=(20, 30, 40, 45, 50, 55, 60, 70, 80, 100, 120, 160),
     products=(12, 15, 18, 21, 25, 30),
-    tolerances=(0.3, 0.1, 0.05, 0.03, 0.01),
-    cg_rtols=(0.3, 0.1),
-    rtols=(2e-3, 1e-3, 5e-4),
+    tolerances=(0.3, 0.1, 0.07, 0.05, 0.03, 0.01),
+    cg_rtols=(0.5, 0.3, 0.1),
+    rtols=(4e-3, 2e-3, 1e-3, 5e-4),
 )
 QUICK = Grid(
     rates=(0.5,),
@@ -244,9 +244,10 @@ class Setting:
             lines[f"HessianFree(cg_rtol={rtol:g}, Gauss-Newton)"] = partial(
                 newton, matrix="gauss-newton"
             )
-        lines["LBFGS()"] = partial(LBFGS, max_steps=500)
+        for memory in (10, 20):
+            lines[f"LBFGS(memory={memory})"] = partial(LBFGS, max_steps=500, memory=memory)
         methods = [ImplicitCG(1000, rtol) for rtol in grid.rtols]
-        methods.append(ImplicitCG(1000, grid.rtols[1], correct=True))
+        methods.append(ImplicitCG(1000, 1e-3, correct=True))
         found: list[Tried] = []
         for line, make in lines.items():
             for tol in grid.tolerances:

@@ -11,14 +11,13 @@ Without ``--full`` ijcnn1 is cut to 5,000 rows.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from arguments import arguments
 
 from bilevel import hypergradient, minimize
 from bilevel.accuracy import AccuracyPolicy, ErrorDrivenAccuracy, FixedAccuracy, ScheduledAccuracy
@@ -96,12 +95,7 @@ def best_of(grid: list[Run]) -> Run:
 
 def main() -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--full", action="store_true", help="all rows of ijcnn1")
-    parser.add_argument("--root", help="folder of the data; default: BILEVEL_DATA")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
+    args = arguments(__doc__, "all rows of ijcnn1", root=True)
     examples = {
         "ijcnn1": Logistic.from_libsvm("ijcnn1", args.root, rows=None if args.full else 5000),
         "quadratic": Quadratic.generated(200, 10, 1e4),

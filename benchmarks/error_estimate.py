@@ -11,12 +11,12 @@ table, JSON and a picture.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from arguments import arguments
 from random_problems import ERRORS, FAMILIES, draw
 from torch import Tensor
 
@@ -176,11 +176,7 @@ def shares(one: Sample) -> dict[str, float]:
 
 def main() -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--full", action="store_true", help="2,400 problems instead of 600")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
+    args = arguments(__doc__, "2,400 problems instead of 600")
     each = 800 if args.full else 200
     samples = {family: sample(family, each) for family in FAMILIES}
     samples["all"] = Sample(

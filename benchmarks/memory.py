@@ -9,7 +9,6 @@ a picture.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler reports every start otherwise
 
 import torch
+from arguments import arguments
 
 import bilevel.solvers as solvers
 from bilevel import hypergradient, stateless
@@ -56,10 +56,7 @@ def measure(steps: list[int], channels: int) -> dict[str, list[int]]:
 
 def main() -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--full", action="store_true", help="64 channels instead of 16")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    args = parser.parse_args()
+    args = arguments(__doc__, "64 channels instead of 16")
     steps = [1, 4, 9, 16, 25, 49, 100]
     table = measure(steps, 64 if args.full else 16)
     print("peak memory in MiB by inner steps")

@@ -13,14 +13,13 @@ runs beside them where it is installed. Writes a table and JSON.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import get_args
 
 import torch
 import torch.nn.functional as F
+from arguments import arguments
 from by_hand import conjugate_gradients
 from peers import installed, torchopt_implicit
 from timing import Times, alternate
@@ -211,14 +210,7 @@ def _distance(found: Params, wanted: Params) -> float:
 
 def main() -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--full", action="store_true", help="both networks, and 32 tasks too")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = arguments(__doc__, "both networks, and 32 tasks too", rounds=9, device=True)
     device = torch.device(args.device)
     rows = []
     for network in NETWORKS if args.full else ("strided",):

@@ -13,7 +13,6 @@ of one product on top of them. Writes a table, JSON and a picture.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from arguments import arguments
 from timing import Times, alternate
 from torch import Tensor, nn
 from torch.func import grad, jvp, vjp
@@ -469,14 +469,7 @@ def draw(everything: Mapping[tuple[str, int], Found], path: Path) -> None:
 
 def main() -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--full", action="store_true", help="all problems, and 32 tasks too")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = arguments(__doc__, "all problems, and 32 tasks too", rounds=7, device=True)
     device = torch.device(args.device)
     everything, rows = {}, []
     for name in PROBLEMS if args.full else ("strided", "logistic"):

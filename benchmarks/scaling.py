@@ -11,13 +11,14 @@ exponent is the slope of a straight line through the logarithms. Writes a table,
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from arguments import arguments
+from matplotlib.ticker import LogLocator, NullFormatter
 from timing import alternate
 from torch import Tensor
 
@@ -159,6 +160,11 @@ def draw(found: Mapping[str, Mapping[float, float]], path: Path) -> None:
         line = [costs[sizes[-1]] * (size / sizes[-1]) ** slope for size in sizes]
         axes.plot(sizes, line, "--", color=COLORS[5], lw=1, label="√κ" if slope < 1 else "linear")
         axes.set(xscale="log", yscale="log")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        if max(costs.values()) < 30 * min(costs.values()):
+            # Decades alone would leave short ranges without a number.
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.set_xlabel(x, color=INK)
         axes.set_ylabel(y, color=INK)
         axes.set_title(f"exponent {exponent(sizes, list(costs.values())):.2f}", fontsize=10)
@@ -182,13 +188,7 @@ def draw(found: Mapping[str, Mapping[float, float]], path: Path) -> None:
 
 def main() -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--full", action="store_true", help="two decades, and 32 tasks in chunks")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = arguments(__doc__, "two decades, and 32 tasks in chunks", rounds=5)
     found = measure(args.full, args.rounds)
     for what, costs in found.items():
         print(f"{what:14}" + "  ".join(f"{size:g}: {cost:.4g}" for size, cost in costs.items()))

@@ -8,24 +8,24 @@ regression with a decay for each feature (2,000 rows, 500 features, 20 steps), w
 sparse logistic regression (10,000 features). *Fixed cost* is what is left where there is nothing to
 compute: 3 variables and one step. JAXopt is compiled, and runs in the same process. *Steps* begins
 at zero instead, and takes 200 steps of gradient descent on logistic regression (200 rows, 50
-features) and 5 of conjugate gradients: there the library also runs with ``Kernels(compile=True)``.
+features) and 5 of conjugate gradients. Where the data are dense, the library also runs with
+``Kernels(compile=True)``.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
 
 import torch
 import torch.nn.functional as F
+from arguments import arguments
 from peers import installed, jaxopt_implicit, torchopt_implicit
 from timing import Times, alternate
 from torch import Tensor
@@ -39,6 +39,7 @@ F64 = torch.float64
 RATE = 0.5
 SAME = 1e-8
 REPEATS = 5
+COMPILER: bool | str = True
 Data = tuple[Tensor, Tensor]
 JaxLoss = Callable[[Any, Any, Any], Any]
 
@@ -86,9 +87,9 @@ class Setting:
     def variants(self) -> dict[str, Callable[[], Tensor]]:
         """All that compute the hypergradient here."""
         out = {"hand": self.by_hand, "bilevel": self.ours()}
-        if self.descent:
-            out["bilevel-compiled"] = self.ours(Kernels(compile=True))
         strided = self.training[0].layout == torch.strided
+        if strided:
+            out["bilevel-compiled"] = self.ours(Kernels(compile=COMPILER))
         if installed("torchopt"):
             out["torchopt"] = self.by_torchopt()
         if installed("jaxopt") and strided and not self.descent:
@@ -244,13 +245,7 @@ def measure(setting: Setting, rounds: int) -> dict[str, Times]:
 
 def main() -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--full", action="store_true", help="sparse logistic regression, too")
-    parser.add_argument("--rounds", type=int, default=51)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = arguments(__doc__, "sparse logistic regression, too", rounds=51)
     rows = []
     for name, setting in settings(args.full).items():
         times = measure(setting, args.rounds)

@@ -13,7 +13,6 @@ table, JSON and a picture.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arguments import arguments
 from timing import Times, alternate
 from torch import Tensor
 
@@ -542,13 +542,7 @@ def _spectrum(axes: Any, eigenvalues: Tensor) -> None:
 
 def main() -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--full", action="store_true", help="1,000 unknowns, not 100")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = arguments(__doc__, "1,000 unknowns, not 100", rounds=5)
     n, budget = (1000, 4000) if args.full else (100, 400)
     everything, rows = {}, []
     for name in TITLES:

@@ -20,14 +20,13 @@ glyphs, under one. Writes a table, JSON and a picture.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from accuracy_search import FULL, QUICK, TARGET, Setting, Tried, clocked
+from arguments import arguments
 from matplotlib.ticker import LogLocator, NullLocator
 from peers import installed
 from timing import Times, alternate
@@ -194,14 +193,7 @@ def settings(full: bool, root: str | None) -> Settings:
 
 def main() -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--full", action="store_true", help="64 channels on Omniglot")
-    parser.add_argument("--root", default=None, help="folder with the data sets")
-    parser.add_argument("--rounds", type=int, default=None, help="5 with --full, else 3")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = arguments(__doc__, "64 channels on Omniglot", rounds=5, root=True)
     job = make_job(settings(args.full, args.root))
     setting = Setting(job, job.settings.steps, 4 if args.full else 2)
     accuracy, chance = setting.accuracy(), 1 / job.settings.ways
@@ -213,7 +205,7 @@ def main() -> None:
     ours, others = setting.search_ours(grid, setting.faster_engine()), setting.search_by_hand(grid)
     print(f"settings tried: {len(ours)} of bilevel, {len(others)} by hand", flush=True)
     tried = [*ours, *others]
-    found = measured(setting, tried, args.rounds or (5 if args.full else 3))
+    found = measured(setting, tried, args.rounds)
     rows = [
         Row({}, "accuracy", accuracy.mean, ci95=accuracy.interval),
         Row({}, "chance", chance),
