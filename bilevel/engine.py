@@ -2,25 +2,24 @@
 
 Stacking saves launches, which is what a small problem or an accelerator needs; one task after the
 other fits the caches, needs no rules of `torch.vmap`, and is often faster for networks on a CPU.
-Both compute the same. ``"auto"`` tries both on a gradient and a Hessian product, once for each
-problem, device and shape, and remembers on the problem; on a CPU it stacks 8 tasks at a time.
+Both compute the same. ``"auto"`` takes the first 8 tasks either way, once for each problem, device,
+shape, and kind of solver and method, and remembers on the problem; on a CPU it stacks 8 at a time.
+Less than the whole would not tell: gradients may gain by stacking what the outer objective loses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 from .clock import seconds_of
-from .flat import FlatProblem, Outer, stacking_of
-from .kernels import Kernels
-from .linearised import linearise
-from .probe import probe
+from .flat import Outer, stacking_of
 from .problem import BilevelProblem
-from .pytree import PyTree, tree_leaves, tree_map
+from .pytree import PyTree, tree_leaves
 from .task import TaskBatch
 
 __all__ = ["Engine", "check_engine", "chunk_size"]
@@ -29,7 +28,7 @@ Engine: TypeAlias = Literal["auto", "batched", "loop"]
 """All tasks at once, one after the other, or what is measured to be faster."""
 
 _TRIED = 8
-_REPEATS = 3
+_SHORT = 5.0
 
 
 def check_engine(engine: str, task_chunk: int | None) -> None:
@@ -57,9 +56,21 @@ def chunk_size(
     inner: PyTree,
     engine: Engine,
     task_chunk: int | None,
-    kernels: Kernels | None = None,
+    settings: Hashable,
+    run: Callable[[int, int], object],
 ) -> int:
-    """How many tasks are stacked at a time."""
+    """How many tasks are stacked at a time.
+
+    Args:
+        problem: The problem.
+        outer: The outer variable.
+        tasks: Tasks of one shape.
+        inner: Where they start, or None.
+        engine: As the user chose.
+        task_chunk: The most tasks, or None.
+        settings: What else decides which is faster.
+        run: ``run(count, size)`` computes the first tasks in stacks of that size.
+    """
     most = min(tasks.count, task_chunk or tasks.count)
     if engine == "loop" or most == 1:
         return 1
@@ -67,11 +78,12 @@ def chunk_size(
         return most
     few = min(_TRIED, most)
     remembered = stacking_of(problem).one_by_one
-    key = (few, kernels, _shapes(outer.leaves), _shapes([*tasks.tensors, *tree_leaves(inner)]))
+    shapes = (_shapes(outer.leaves), _shapes([*tasks.tensors, *tree_leaves(inner)]))
+    key = (few, settings, *shapes)
     if key not in remembered:
-        flats = [_flat(problem, outer, tasks, inner, count, kernels) for count in (few, 1)]
-        stacked, single = _least_seconds(flats)
-        remembered[key] = few * single < stacked
+        device = outer.leaves[0].device
+        single, stacked = _least_seconds([partial(run, few, 1), partial(run, few, few)], device)
+        remembered[key] = single < stacked
     if remembered[key]:
         return 1
     # On a CPU 32 at once took longer than four times 8, and more memory (benchmarks/scaling.py).
@@ -82,40 +94,15 @@ def _shapes(leaves: Iterable[Any]) -> Any:
     return tuple((x.device, x.dtype, x.shape) for x in leaves if isinstance(x, Tensor))
 
 
-def _flat(
-    problem: BilevelProblem,
-    outer: Outer,
-    tasks: TaskBatch,
-    inner: PyTree,
-    count: int,
-    kernels: Kernels | None,
-) -> FlatProblem:
-    start = None if inner is None else tree_map(lambda x: x[:count], inner)
-    flat = FlatProblem.of(problem, outer, tasks.part(0, count), start, kernels)
-    probe(flat)
-    return flat
+def _least_seconds(runs: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
+    """Of two rounds, in which all take turns, so that what disturbs the machine disturbs all.
 
-
-def _least_seconds(flats: Sequence[FlatProblem]) -> list[float]:
-    """Of a gradient and a Hessian product each, of which all methods are made.
-
-    They take turns, so that what disturbs the machine disturbs both.
+    The first call of anything is slower; where it is long, that does not matter, and one round is
+    all.
     """
-    runs = [_gradient_and_product(flat) for flat in flats]
-    for run in runs:
-        run()
-    least = [float("inf")] * len(runs)
-    for _ in range(_REPEATS):
-        for i, run in enumerate(runs):
-            least[i] = min(least[i], seconds_of(run, flats[i].device))
+    least = [seconds_of(run, device) for run in runs]
+    if max(least) > _SHORT:
+        return least
+    for _ in range(2):
+        least = [min(a, seconds_of(run, device)) for a, run in zip(least, runs, strict=True)]
     return least
-
-
-def _gradient_and_product(flat: FlatProblem) -> Callable[[], None]:
-    system, ones = linearise(flat, flat.start), torch.ones_like(flat.start)
-
-    def run() -> None:
-        flat.gradient(flat.start)
-        system.pull(ones)
-
-    return run

@@ -66,8 +66,9 @@ def hypergradient(
         reduction: ``"mean"``, or ``"none"`` for one gradient per task.
         engine: ``"batched"``: tasks of one shape are stacked and solved at once. ``"loop"``: one
             after the other. ``"auto"``: whichever is faster, measured at the first call for each
-            problem, device and shape; on a CPU it stacks 8 tasks at a time. The two differ by
-            rounding, so that ``"auto"`` may give other bits in another process.
+            problem, device, shape, and kind of solver and method; on a CPU it stacks 8 tasks at a
+            time. The two differ by rounding, so that ``"auto"`` may give other bits in another
+            process.
         task_chunk: Stack at most so many tasks at a time, which bounds memory; None: all.
         kernels: Compilation, precision of the inner steps, and how products are computed; None:
             `Kernels()`, nothing of the kind.
@@ -145,11 +146,10 @@ def compute(
     parts: list[list[Part]] = []
     engines: list[Engine] = []
     for i, one in enumerate(groups):
-        size = chunk_size(problem, variable, one.tasks, one.inner, engine, task_chunk, kernels)
-        engines.append("loop" if size == 1 < one.tasks.count else "batched")
         start = _start(state, i)
-        parts.append(
-            [
+
+        def run(count: int, size: int, one: Group = one, start: Start = start) -> list[Part]:
+            return [
                 _group_hypergradient(
                     problem,
                     variable,
@@ -160,9 +160,15 @@ def compute(
                     kernels,
                     per_task=reduction == "none",
                 )
-                for first in range(0, one.tasks.count, size)
+                for first in range(0, count, size)
             ]
-        )
+
+        # Kinds alone: tolerances may change from call to call.
+        settings = (type(inner_solver), type(method), kernels, reduction)
+        place = (problem, variable, one.tasks, one.inner)
+        size = chunk_size(*place, engine, task_chunk, settings, run)
+        engines.append("loop" if size == 1 < one.tasks.count else "batched")
+        parts.append(run(one.tasks.count, size))
     return assemble(variable, task, parts, engines, method, reduction)
 
 
