@@ -32,9 +32,11 @@ from .errors import (
 from .hypergradient import hypergradient
 from .inner_solver import InnerSolver
 from .kernels import Kernels
+from .level import Level, Variables
 from .linear_solver import LinearSolution, LinearSolver
 from .method import Estimate, HypergradientMethod, ImplicitMethod
 from .minimize import Minimum, OuterStatus, OuterStep, minimize
+from .multilevel import MultiLevelGradient, MultiLevelProblem
 from .norms import exact_norms
 from .operator import Operator, SecantPairs
 from .preconditioner import Preconditioner
@@ -74,10 +76,13 @@ __all__ = [
     "InnerSolver",
     "Kernels",
     "LeafCheck",
+    "Level",
     "LinearSolution",
     "LinearSolver",
     "MethodResult",
     "Minimum",
+    "MultiLevelGradient",
+    "MultiLevelProblem",
     "NotDifferentiableError",
     "ObjectiveError",
     "Operator",
@@ -102,6 +107,7 @@ __all__ = [
     "Tolerances",
     "Trainer",
     "Training",
+    "Variables",
     "argmin",
     "assert_hypergradient",
     "check_hypergradient",

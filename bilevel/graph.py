@@ -7,7 +7,21 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["nodes", "reaches"]
+__all__ = ["cut", "is_cut", "nodes", "reaches"]
+
+_MARK = "_bilevel_cut"
+
+
+def cut(value: Tensor) -> Tensor:
+    """The value as a leaf of its own, which is no variable whose gradient could be lost."""
+    leaf = value.detach().requires_grad_()
+    setattr(leaf, _MARK, True)
+    return leaf
+
+
+def is_cut(leaf: Tensor) -> bool:
+    """Whether a leaf was made by `cut`."""
+    return hasattr(leaf, _MARK)
 
 
 def nodes(value: Tensor | None) -> Iterator[Any]:

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from .errors import DependenceError, InPlaceError, ObjectiveError, RandomnessError
 from .flat import FlatProblem
-from .graph import nodes, reaches
+from .graph import is_cut, nodes, reaches
 from .pytree import leaf_names, tree_leaves
 from .stacking import randomness_message
 
@@ -184,7 +184,12 @@ def _checked_stationarity(flat: FlatProblem, tree: Any) -> Tensor:
 def _check_captured(value: Tensor, allowed: set[int], name: str, flat: FlatProblem) -> None:
     for node in nodes(value):
         variable = getattr(node, "variable", None)
-        if isinstance(variable, Tensor) and id(variable) not in allowed:
+        if (
+            isinstance(variable, Tensor)
+            and id(variable) not in allowed
+            # What an `argmin` inside began its steps at.
+            and not is_cut(variable)
+        ):
             raise DependenceError(
                 f"`{name}` uses a tensor of shape {tuple(variable.shape)} that requires grad but "
                 "was not passed in `outer`; its gradient would be lost: put it into `outer`, or "

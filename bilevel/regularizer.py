@@ -53,6 +53,16 @@ class Proximal:
         """The center, a pytree like the inner variable."""
         return outer if self.center is None else self.center(outer)
 
+    def value(self, inner: PyTree, outer: PyTree) -> Tensor:
+        """r(x, z), a 0-d tensor.
+
+        Raises:
+            ObjectiveError: The center or the strength does not fit the inner variable.
+        """
+        vector = VectorSpec.of(inner, "inner")
+        offset = vector.flatten(inner) - self.center_vector(outer, vector)
+        return 0.5 * (self.strength_vector(outer, vector) * offset**2).sum()
+
     def center_vector(self, outer: PyTree, vector: VectorSpec) -> Tensor:
         """The center as ``[n]``.
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from .errors import NotDifferentiableError
 from .flat import FlatProblem
 from .rows import full_precision, norm
 
@@ -123,8 +124,8 @@ class StationarityGraph(Stationarity):
             gap = torch.linalg.vector_norm(found[0] - wanted)
             noise = torch.finfo(block.dtype).eps ** 0.5 * torch.linalg.vector_norm(wanted)
             record.pulls_blocks = bool(gap <= noise)
-        except RuntimeError:
-            # Some operations have no batching rule, such as those on sparse matrices.
+        except (RuntimeError, NotDifferentiableError):
+            # Some operations have no batching rule, such as those on sparse matrices, or `argmin`.
             record.pulls_blocks = False
         return found if record.pulls_blocks else super().pull_block(block)
 

@@ -1,0 +1,120 @@
+"""The graph of levels: what may be in it, the order of solving, and the routes of derivatives.
+
+An edge u → v says that the variable of u enters the objective of v: v is solved for a given u, and
+u, like all that is above it, sees the solution of v.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+
+import networkx as nx
+
+from .errors import StructureError
+from .level import Level
+
+__all__ = ["check_graph", "graph_of", "needs", "routes", "top_of"]
+
+
+def graph_of(levels: Sequence[Level], edges: Iterable[tuple[str, str]]) -> nx.DiGraph:
+    """A graph whose nodes are the levels' names, with the `Level` as attribute ``level``.
+
+    Raises:
+        ValueError: Two levels have one name, or an edge names no level.
+    """
+    graph = nx.DiGraph()
+    for level in levels:
+        if not isinstance(level, Level):
+            raise ValueError(f"`levels` holds a {type(level).__name__}; pass instances of Level")
+        if level.name in graph:
+            raise ValueError(
+                f"two levels are named {level.name!r}; give each a name of its own, since edges "
+                "and objectives refer to it"
+            )
+        graph.add_node(level.name, level=level)
+    for edge in edges:
+        source, target = edge
+        for end in (source, target):
+            if end not in graph:
+                raise ValueError(
+                    f"the edge {_arrow(source, target)} names {end!r}, but there is no such level; "
+                    f"the levels are {_listed(graph)}"
+                )
+        graph.add_edge(source, target)
+    return graph
+
+
+def check_graph(graph: nx.DiGraph) -> None:
+    """Refuse a graph that states no problem of nested levels.
+
+    Raises:
+        ValueError: A node holds no level, or one of another name; or a level cannot be solved.
+        StructureError: There is a cycle, or not exactly one top.
+    """
+    if not isinstance(graph, nx.DiGraph) or graph.is_multigraph():
+        raise ValueError(f"`graph` is a {type(graph).__name__}; pass a networkx.DiGraph")
+    for name, attributes in graph.nodes(data=True):
+        level = attributes.get("level")
+        if not isinstance(level, Level):
+            raise ValueError(
+                f"node {name!r} holds no level; add it as graph.add_node({name!r}, "
+                "level=Level(...)), or correct the edge that names it"
+            )
+        if level.name != name:
+            raise ValueError(f"node {name!r} holds the level {level.name!r}; give both one name")
+    if not graph:
+        raise ValueError("`graph` has no node; add at least two levels")
+    if not nx.is_directed_acyclic_graph(graph):
+        cycle = [source for source, _ in nx.find_cycle(graph)]
+        raise StructureError(
+            f"the levels go round in a circle: {_arrow(*cycle, cycle[0])}. Each would have to be "
+            "solved before the other; remove one of these edges (the solution of a level below is "
+            "seen above without an edge)"
+        )
+    tops = [name for name, degree in graph.in_degree() if degree == 0]
+    if len(tops) > 1:
+        raise StructureError(
+            f"no edge leads to {' or '.join(repr(one) for one in tops)}, but a problem has one "
+            "top, whose variable is given: add the missing edge to what depends on a level above, "
+            "or join them to one level"
+        )
+    for name in graph:
+        level = graph.nodes[name]["level"]
+        if name != tops[0]:
+            level.require_solver()
+        elif level.is_solved:
+            raise StructureError(
+                f"level {name!r} has a solver, but no edge leads to it, so that nothing above "
+                "enters it: add the missing edge, or leave the solver out of the top"
+            )
+
+
+def top_of(graph: nx.DiGraph) -> str:
+    """The name of the level whose variable is given."""
+    return next(str(name) for name, degree in graph.in_degree() if degree == 0)
+
+
+def needs(graph: nx.DiGraph, name: str) -> list[str]:
+    """The variables from above that the solution of a level is a function of, in solving order.
+
+    Its own, and those that enter the levels below it, which are solved inside its objective. What a
+    level below needs from beside this one cannot be given, and is refused where it is read.
+    """
+    inside = {name, *nx.descendants(graph, name)}
+    found = {parent for one in inside for parent in graph.predecessors(one)}
+    found &= nx.ancestors(graph, name)
+    return [one for one in nx.topological_sort(graph) if one in found]
+
+
+def routes(graph: nx.DiGraph, name: str) -> list[list[str]]:
+    """The paths by which the top's variable reaches a level: the routes of its hypergradient."""
+    top = top_of(graph)
+    return [[top]] if name == top else [list(one) for one in nx.all_simple_paths(graph, top, name)]
+
+
+def _arrow(*names: Hashable) -> str:
+    return " → ".join(str(name) for name in names)
+
+
+def _listed(graph: nx.DiGraph) -> str:
+    return ", ".join(repr(name) for name in graph)
