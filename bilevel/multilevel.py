@@ -344,9 +344,10 @@ class MultiLevelProblem:
                 for one in self._needs[name]
             }
             variables = self._variables(name, {**given, name: own})
-            value = level.objective(own, variables, batch)
-            if level.regularizer is not None:
-                value = value + level.regularizer.value(own, given)
+            with torch.enable_grad():
+                value = level.objective(own, variables, batch)
+                if level.regularizer is not None:
+                    value = value + level.regularizer.value(own, given)
             read |= variables.read
             self._check_edges(name, value, given)
         unread = [one for one in self.graph if one not in read | {self.top}]

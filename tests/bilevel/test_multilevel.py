@@ -166,6 +166,13 @@ def test_the_value_stands_in_the_graph_and_can_be_differentiated_twice():
     torch.testing.assert_close(second, want, rtol=1e-5, atol=1e-7)
 
 
+def test_a_value_alone_needs_no_graph():
+    with torch.no_grad():
+        value = three().value(X)
+    assert not value.requires_grad
+    torch.testing.assert_close(value, three_by_formula(X), rtol=1e-8, atol=0)
+
+
 def test_an_optimizer_of_pytorch_finds_the_minimum():
     problem, x = three(), X.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([x], line_search_fn="strong_wolfe", tolerance_change=1e-14)
