@@ -115,9 +115,9 @@ class Setting:
 
 DECAY = math.log(0.1)
 PARTS = {
-    "decay over classifier": {"weighted": False, "tuned": True},
-    "weights over classifier": {"weighted": True, "tuned": False},
-    "weights over decay over classifier": {"weighted": True, "tuned": True},
+    "decay/classifier": {"weighted": False, "tuned": True},
+    "weights/classifier": {"weighted": True, "tuned": False},
+    "weights/decay/classifier": {"weighted": True, "tuned": True},
 }
 
 
@@ -142,7 +142,7 @@ def main() -> None:
             print(f"seed {seed}  {name:36}{100 * accuracy:7.2f} %{seconds:7.1f} s", flush=True)
     print(f"\n{problem.draw()}\n")
     rows = []
-    whole = [one for one, _ in found["weights over decay over classifier"]]
+    whole = [one for one, _ in found["weights/decay/classifier"]]
     for name, runs in found.items():
         accuracies = [100 * one for one, _ in runs]
         gains = [100 * (a - b) for a, (b, _) in zip(whole, runs, strict=True)]
@@ -150,7 +150,10 @@ def main() -> None:
         rows.append(Row(where, "accuracy", statistics.mean(accuracies), ci95=interval(accuracies)))
         rows.append(Row(where, "three_levels_gain", statistics.mean(gains), ci95=interval(gains)))
         rows.append(Row(where, "seconds", statistics.median(s for _, s in runs)))
-        rows += [Row({**where, "seed": i}, "accuracy", one) for i, one in enumerate(accuracies)]
+        rows += [
+            Row({**where, "seed": seed}, "accuracy_of_seed", one)
+            for seed, one in zip(seeds, accuracies, strict=True)
+        ]
         print(
             f"{name:36}{statistics.mean(accuracies):7.2f} ± {interval(accuracies):.2f} %, three "
             f"levels gain {statistics.mean(gains):.2f} ± {interval(gains):.2f}"
@@ -181,7 +184,7 @@ def draw(found: dict[str, list[tuple[float, float]]], path: Path) -> None:
         values = [100 * one for one, _ in found[name]]
         axes.plot([i] * len(values), values, "o", color=COLORS[2], ms=5, alpha=0.7)
         axes.plot([i], [statistics.mean(values)], "_", color=COLORS[0], ms=34, mew=2.5)
-    labels = [name.replace(" over ", "\nover ") for name in names]
+    labels = [name.replace("/", "\nover ") for name in names]
     axes.set_xticks(range(len(names)), labels, color=INK)
     axes.set_xlim(-0.5, len(names) - 0.5)
     figure.savefig(path)

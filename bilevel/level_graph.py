@@ -1,19 +1,22 @@
 """The graph of levels: what may be in it, the order of solving, and the routes of derivatives.
 
 An edge u → v says that the variable of u enters the objective of v: v is solved for a given u, and
-u, like all that is above it, sees the solution of v.
+u, like all that is above it, sees the solution of v. networkx is imported where it is used, since
+many who import the library have no levels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
-
-import networkx as nx
+from typing import TYPE_CHECKING
 
 from .errors import StructureError
 from .level import Level
 
-__all__ = ["check_graph", "graph_of", "needs", "routes", "top_of"]
+if TYPE_CHECKING:
+    import networkx as nx
+
+__all__ = ["below", "check_graph", "generations", "graph_of", "needs", "order", "routes", "top_of"]
 
 
 def graph_of(levels: Sequence[Level], edges: Iterable[tuple[str, str]]) -> nx.DiGraph:
@@ -22,6 +25,8 @@ def graph_of(levels: Sequence[Level], edges: Iterable[tuple[str, str]]) -> nx.Di
     Raises:
         ValueError: Two levels have one name, or an edge names no level.
     """
+    import networkx as nx
+
     graph = nx.DiGraph()
     for level in levels:
         if not isinstance(level, Level):
@@ -51,6 +56,8 @@ def check_graph(graph: nx.DiGraph) -> None:
         ValueError: A node holds no level, or one of another name; or a level cannot be solved.
         StructureError: There is a cycle, or not exactly one top.
     """
+    import networkx as nx
+
     if not isinstance(graph, nx.DiGraph) or graph.is_multigraph():
         raise ValueError(f"`graph` is a {type(graph).__name__}; pass a networkx.DiGraph")
     for name, attributes in graph.nodes(data=True):
@@ -100,16 +107,41 @@ def needs(graph: nx.DiGraph, name: str) -> list[str]:
     Its own, and those that enter the levels below it, which are solved inside its objective. What a
     level below needs from beside this one cannot be given, and is refused where it is read.
     """
+    import networkx as nx
+
     inside = {name, *nx.descendants(graph, name)}
     found = {parent for one in inside for parent in graph.predecessors(one)}
     found &= nx.ancestors(graph, name)
-    return [one for one in nx.topological_sort(graph) if one in found]
+    return [one for one in order(graph) if one in found]
 
 
 def routes(graph: nx.DiGraph, name: str) -> list[list[str]]:
     """The paths by which the top's variable reaches a level: the routes of its hypergradient."""
+    import networkx as nx
+
     top = top_of(graph)
     return [[top]] if name == top else [list(one) for one in nx.all_simple_paths(graph, top, name)]
+
+
+def order(graph: nx.DiGraph) -> list[str]:
+    """The levels, none before one that enters it."""
+    import networkx as nx
+
+    return list(nx.topological_sort(graph))
+
+
+def generations(graph: nx.DiGraph) -> list[list[str]]:
+    """The levels from the top down; those of one generation do not enter each other."""
+    import networkx as nx
+
+    return [list(one) for one in nx.topological_generations(graph)]
+
+
+def below(graph: nx.DiGraph, name: str) -> set[str]:
+    """The levels that the variable of this one reaches."""
+    import networkx as nx
+
+    return set(nx.descendants(graph, name))
 
 
 def _arrow(*names: Hashable) -> str:

@@ -72,24 +72,23 @@ def draw_levels(problem: MultiLevelProblem, path: Path) -> None:
     axes.set_xlim(-0.55, across - 0.45)
     axes.set_ylim(-len(generations) + 0.45, 0.55)
     canvas.draw()  # the boxes' sizes, at which edges end, are known from now on
-    for source, target in problem.graph.edges:
-        far = places[source][1] - places[target][1] > 1.5
-        axes.annotate(
-            "",
-            xy=places[target],
-            xytext=places[source],
-            arrowprops={
-                "arrowstyle": "-|>",
-                "color": _LINE,
-                "lw": 1.3,
-                "connectionstyle": f"arc3,rad={0.42 if far else 0.0}",
-                "patchA": boxes[source].get_bbox_patch(),
-                "patchB": boxes[target].get_bbox_patch(),
-                "shrinkA": 2.0,
-                "shrinkB": 2.0,
-            },
-            zorder=2,
+    for i, (source, target) in enumerate(problem.graph.edges):
+        line = {"color": _LINE, "lw": 1.3}
+        if places[source][1] - places[target][1] < 1.5:
+            joins = {"patchA": boxes[source].get_bbox_patch(), "shrinkA": 2.0}
+            joins |= {"patchB": boxes[target].get_bbox_patch(), "shrinkB": 2.0}
+            arrow = {"arrowstyle": "-|>", **line, **joins}
+            axes.annotate("", places[target], places[source], arrowprops=arrow, zorder=2)
+            continue
+        # Down beside the boxes of the generations between, and in from the left.
+        (left, low), (right, _) = axes.transData.inverted().transform(
+            boxes[source].get_window_extent()
         )
+        end, _ = axes.transData.inverted().transform(boxes[target].get_window_extent())[0]
+        x, y = left + 0.1 * (right - left), places[target][1] + 0.07 * (i % 3 - 1)
+        axes.plot([x, x], [low - 0.06, y], **line, zorder=1)
+        arrow = {"arrowstyle": "-|>", **line, "shrinkA": 0.0, "shrinkB": 7.0}
+        axes.annotate("", (end, y), (x, y), arrowprops=arrow, zorder=1)
     figure.savefig(path)
 
 

@@ -16,8 +16,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import networkx as nx
 import torch
 from torch import Tensor
 
@@ -25,11 +25,23 @@ from .argmin import argmin
 from .argmin_transforms import depth
 from .errors import DependenceError, ObjectiveError, SolveError, StructureError
 from .level import Level, Variables
-from .level_graph import check_graph, graph_of, needs, routes, top_of
+from .level_graph import (
+    below,
+    check_graph,
+    generations,
+    graph_of,
+    needs,
+    order,
+    routes,
+    top_of,
+)
 from .method import ImplicitMethod
 from .problem import BilevelProblem
 from .pytree import PyTree, check_floating, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from .task import Task, TaskBatch
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 __all__ = ["MultiLevelGradient", "MultiLevelProblem"]
 
@@ -135,7 +147,7 @@ class MultiLevelProblem:
     @property
     def generations(self) -> list[list[str]]:
         """The levels from the top down; those of one generation do not enter each other."""
-        return [list(one) for one in nx.topological_generations(self.graph)]
+        return generations(self.graph)
 
     def routes(self, name: str) -> list[list[str]]:
         """The paths by which the top's variable reaches a level.
@@ -301,14 +313,14 @@ class MultiLevelProblem:
                 f"the objective of level {reader!r} reads {name!r}, but there is no such level; "
                 f"the levels are {known}"
             )
-        if name not in nx.descendants(self.graph, reader):
+        solved_below = below(self.graph, reader)
+        if name not in solved_below:
             raise DependenceError(
                 f"the objective of level {reader!r} reads {name!r}, but there is no edge "
                 f"{name} → {reader}; add it, so that {reader!r} is solved for a given {name!r}"
             )
-        below = nx.descendants(self.graph, reader)
         for one in self.graph.predecessors(name):
-            if one not in variables and one not in below:
+            if one not in variables and one not in solved_below:
                 raise StructureError(
                     f"the objective of level {reader!r} reads {name!r}, which needs {one!r}, and "
                     f"that is neither given to {reader!r} nor solved below it: add the edge "
@@ -332,7 +344,7 @@ class MultiLevelProblem:
         """Raise unless every edge is used, and every solution is read."""
         solved = self._variables(self.top, {self.top: tree_map(torch.Tensor.detach, outer)})
         read: set[str] = set()
-        for name in nx.topological_sort(self.graph):
+        for name in order(self.graph):
             level, own = self.level(name), solved[name]
             batch = level.batch
             if level.has_tasks:

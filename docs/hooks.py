@@ -63,6 +63,11 @@ def _filled(match: re.Match[str], page: Any) -> str:
     path = RESULTS / f"{name}.json"
     if name in REPRODUCTIONS and not path.exists():
         return "not measured" if kind in ("value", "table") else ""
+    if kind == "picture":
+        if not path.with_suffix(".png").exists():
+            raise FileNotFoundError(f"{page.file.src_uri}: there is no picture {name}.png")
+        up = "../" * page.url.count("/")
+        return f'<img src="{up}results/{name}.png" alt="{html.escape(rest)}">'
     result = json.loads(path.read_text())
     if kind == "source":
         return _source(result)
@@ -70,9 +75,6 @@ def _filled(match: re.Match[str], page: Any) -> str:
         return _table(result["table"])
     if kind == "checks":
         return "\n".join(_check(one) for one in result["checks"])
-    if kind == "picture":
-        up = "../" * page.url.count("/")
-        return f'<img src="{up}results/{name}.png" alt="{html.escape(rest)}">'
     wanted, _, form = rest.partition(" as ")
     metric, *pairs = wanted.split(" ")
     settings = dict(pair.split("=", 1) for pair in pairs)
