@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .brief import brief
 from .level import Level
@@ -73,11 +73,11 @@ def draw_levels(problem: MultiLevelProblem, path: Path) -> None:
     axes.set_ylim(-len(generations) + 0.45, 0.55)
     canvas.draw()  # the boxes' sizes, at which edges end, are known from now on
     for i, (source, target) in enumerate(problem.graph.edges):
-        line = {"color": _LINE, "lw": 1.3}
+        line: dict[str, Any] = {"color": _LINE, "lw": 1.3}
         if places[source][1] - places[target][1] < 1.5:
             joins = {"patchA": boxes[source].get_bbox_patch(), "shrinkA": 2.0}
             joins |= {"patchB": boxes[target].get_bbox_patch(), "shrinkB": 2.0}
-            arrow = {"arrowstyle": "-|>", **line, **joins}
+            arrow: dict[str, Any] = {"arrowstyle": "-|>", **line, **joins}
             axes.annotate("", places[target], places[source], arrowprops=arrow, zorder=2)
             continue
         # Down beside the boxes of the generations between, and in from the left.
