@@ -69,6 +69,14 @@ class StochasticEquilibrium(BilevelProblem):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.decision!r}, dispersion={self.dispersion:g})"
 
+    def with_dispersion(self, dispersion: float) -> StochasticEquilibrium:
+        """The same problem at another θ; its inner variable means the same.
+
+        Raises:
+            ValueError: θ is not positive, or the sum over walks diverges.
+        """
+        return StochasticEquilibrium(self.decision, dispersion)
+
     # The inner variable
 
     @cached_property
