@@ -48,6 +48,7 @@ def minimize_bounded(
     method: HypergradientMethod,
     state: State | None = None,
     tol: float = 1e-6,
+    scale: float | None = None,
     max_steps: int = 200,
     memory: int = 10,
     callback: Callable[[OuterStep], None] | None = None,
@@ -73,7 +74,9 @@ def minimize_bounded(
         method: How hypergradients are computed.
         state: ``result.state`` of an earlier run on the same tasks, for a warm start.
         tol: Stop once the largest entry of the projected hypergradient is within this fraction of
-            the largest entry of the hypergradient at the start.
+            ``scale``.
+        scale: Default: the largest entry of the hypergradient at the start. Give it where the start
+            is nearly a minimum.
         max_steps: The most outer steps.
         memory: Number of pairs that L-BFGS-B keeps.
         callback: Called after each step with its record.
@@ -111,13 +114,15 @@ def minimize_bounded(
         raise ValueError("`inner_solver` is None; pass a solver: the inner solution changes")
     if not 0.0 < tol < 1.0:
         raise ValueError(f"`tol` is {tol}; pass a fraction in (0, 1)")
+    if scale is not None and not 0.0 < scale < math.inf:
+        raise ValueError(f"`scale` is {scale}; it is finite and > 0, or None")
     for name, count in (("max_steps", max_steps), ("memory", memory)):
         if count < 1:
             raise ValueError(f"`{name}` is {count}; pass at least 1")
     variable = Outer.of(outer).cloned()
     low, high = _bounds(bounds, outer, variable)
     run = _Run(problem, variable, task, inner_solver, method, low, high, state=state)
-    return run.minimize(tol, max_steps, memory, callback)
+    return run.minimize(tol, scale, max_steps, memory, callback)
 
 
 @dataclass(frozen=True)
@@ -157,6 +162,7 @@ class _Run:
     def minimize(
         self,
         tol: float,
+        scale: float | None,
         max_steps: int,
         memory: int,
         callback: Callable[[OuterStep], None] | None,
@@ -166,7 +172,7 @@ class _Run:
         started = time.perf_counter()
         x = np.clip(_vector(self.outer.leaves), self.low, self.high)
         first = self._first(x)
-        target = tol * float(np.abs(first.gradient).max())
+        target = tol * (scale or float(np.abs(first.gradient).max()))
         seen = 0
 
         def record(point: _Point, length: float) -> None:

@@ -73,7 +73,7 @@ class NetworkDesign(StochasticEquilibrium):
     ) -> Example:
         """Four links of Hearn and Ramana's network; the tasks are hours of different demand."""
         network = _unit_network()
-        problem = cls(network, [(5, 7), (6, 8), (7, 3), (8, 4)], weight=0.02, dispersion=3.0)
+        problem = cls(network, [(5, 7), (6, 8), (7, 3), (8, 4)], weight=0.02, dispersion=1.0)
         outer = torch.tensor([0.2, 0.1, 0.0, 0.3], dtype=dtype)
         return _example(problem, outer, tasks, dtype, seed, "widened links of the nine-node network")
 
@@ -108,7 +108,7 @@ class RoadTolls(StochasticEquilibrium):
         cls, *, tasks: int | None = None, dtype: torch.dtype = torch.float64, seed: int = 0
     ) -> Example:
         """All links of Hearn and Ramana's network; the tasks are hours of different demand."""
-        problem = cls(_unit_network(), dispersion=3.0)
+        problem = cls(_unit_network(), dispersion=1.0)
         outer = torch.linspace(0.0, 0.2, problem.network.links, dtype=dtype)
         return _example(problem, outer, tasks, dtype, seed, "tolls on the nine-node network")
 
@@ -121,7 +121,7 @@ def dispersion_homotopy(
     bounds: tuple[PyTree, PyTree],
     task: Task | TaskBatch | None = None,
     method: HypergradientMethod | None = None,
-    tol: float = 1e-6,
+    tol: float = 1e-5,
     max_steps: int = 100,
     callback: Callable[[float, OuterStep], None] | None = None,
 ) -> list[Minimum]:
@@ -134,7 +134,7 @@ def dispersion_homotopy(
         bounds: As in `bilevel.minimize_bounded`.
         task: The demand; default: the network's own, `StochasticEquilibrium.task`.
         method: Default: `ImplicitCG` to a relative residual of 1e-10.
-        tol: As in `bilevel.minimize_bounded`.
+        tol: As in `bilevel.minimize_bounded`, relative to the first projected hypergradient of all.
         max_steps: The most outer steps under each dispersion.
         callback: Called with θ and the record after each step.
 
@@ -150,6 +150,7 @@ def dispersion_homotopy(
     task = problem.task() if task is None else task
     found: list[Minimum] = []
     state: State | None = None
+    scale: float | None = None
     for theta in dispersions:
         one = problem.with_dispersion(theta)
         record = None if callback is None else _bound(callback, theta)
@@ -159,14 +160,17 @@ def dispersion_homotopy(
                 outer,
                 task,
                 bounds=bounds,
-                inner_solver=one.solver(),
+                inner_solver=one.solver(tol=1e-12),
                 method=method or ImplicitCG(max_steps=2000, rtol=1e-10),
                 state=state,
                 tol=tol,
+                scale=scale,
                 max_steps=max_steps,
                 callback=record,
             )
         )
+        # The later starts are nearly minima, to whose slopes nothing should be relative.
+        scale = scale or found[0].steps[0].gradient_norm or None
         outer, state = found[-1].outer, found[-1].result.state
     return found
 
@@ -220,7 +224,7 @@ def sioux_falls_design(
 
 def _unit_network() -> RoadNetwork:
     """Hearn and Ramana's network in units in which times and flows are about 1, half empty."""
-    return RoadNetwork.hearn_ramana().scaled(capacity=0.1, time=0.1, demand=0.07)
+    return RoadNetwork.hearn_ramana().scaled(capacity=0.1, time=0.1, demand=0.06)
 
 
 def _example(
