@@ -220,7 +220,7 @@ class _Line:
 
 
 def _is_number(word: str) -> bool:
-    return re.fullmatch(r"[+-]?(\d+(\.\d*)?|\.\d+)([eEdD][+-]?\d+)?|[+-]?(inf|nan)", word) is not None
+    return re.fullmatch(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?|[+-]?(inf|nan)", word) is not None
 
 
 def _show(word: str) -> str:
@@ -403,14 +403,11 @@ def _read_trips(path: Path, zones: int) -> tuple[Tensor, dict[tuple[int, int], i
                 raise line.error(f"has trips {pair[0]} → {pair[1]} for the second time; remove one")
             seen.add(pair)
             number = line.number(trips.strip(), f"trips {pair[0]} → {pair[1]}", above=0.0)
-            if pair[0] != pair[1]:  # trips within a zone use no link
-                demand[pair[0] - 1, pair[1] - 1] = number
-                lines[pair] = line.number_in_file
-            elif number:
-                total_within = number
-                del total_within
+            demand[pair[0] - 1, pair[1] - 1] = number
+            lines[pair] = line.number_in_file
     _check_total(metadata, demand, last)
-    return demand, lines
+    # Trips within a zone use no link.
+    return demand.fill_diagonal_(0.0), lines
 
 
 def _check_total(metadata: _Metadata, demand: Tensor, last: _Line | None) -> None:

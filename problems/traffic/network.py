@@ -31,7 +31,7 @@ class RoadNetwork:
     $t_a(v_a) = t^0_a (1 + b_a (v_a / c_a)^{p_a})$. Times, flows and capacities are in whatever
     units the source has, as long as flow and capacity share one; tolls are in units of time.
 
-    Links are numbered from 0 in the order of the graph's edges, which for a file is that of its
+    Links are numbered from 0 in the order in which they were given, which for a file is that of its
     lines. Nodes are numbered from 1, and the first of them are the zones.
 
     Args:
@@ -69,6 +69,12 @@ class RoadNetwork:
         _check_nodes(self.graph)
         for tail, head, link in self.graph.edges(data=True):
             _check_link(tail, head, link)
+        numbers = sorted(link.get("index", -1) for _, _, link in self.graph.edges(data=True))
+        if numbers != list(range(self.links)):
+            raise ValueError(
+                f"the links' `index` are not 0 to {self.links - 1}; make the graph with "
+                "RoadNetwork.from_links"
+            )
         _check_demand(self.demand, self.nodes)
         if not 1 <= self.first_through <= self.nodes + 1:
             raise ValueError(
@@ -210,9 +216,20 @@ class RoadNetwork:
         return [(i, j) for i, j in where.tolist()]
 
     @cached_property
+    def rows(self) -> list[tuple[int, int, dict[str, float]]]:
+        """(tail, head, attributes) of every link, by number of link."""
+        found = [
+            (int(i), int(j), {key: link[key] for key in link if key != "index"})
+            for i, j, link in sorted(
+                self.graph.edges(data=True), key=lambda edge: int(edge[2]["index"])
+            )
+        ]
+        return found
+
+    @cached_property
     def ends(self) -> list[tuple[int, int]]:
         """(tail, head) of every link, by number of node."""
-        return [(int(i), int(j)) for i, j in self.graph.edges]
+        return [(i, j) for i, j, _ in self.rows]
 
     @cached_property
     def tail(self) -> Tensor:
@@ -319,8 +336,8 @@ class RoadNetwork:
                 raise ValueError(f"`{name}` is {factor}; a factor is finite and > 0")
         factors = {"capacity": capacity, "free_flow_time": time, "toll": time}
         links = [
-            (i, j, {k: link[k] * factors.get(k, 1.0) for k in link if k != "index"})
-            for i, j, link in self.graph.edges(data=True)
+            (i, j, {key: value * factors.get(key, 1.0) for key, value in link.items()})
+            for i, j, link in self.rows
         ]
         copy = self._with(links, self.demand * demand)
         return replace(
@@ -336,8 +353,7 @@ class RoadNetwork:
         for ends in changes:
             self.link(*ends)
         links = [
-            (i, j, {k: link[k] for k in link if k != "index"} | dict(changes.get((i, j), {})))
-            for i, j, link in self.graph.edges(data=True)
+            (i, j, link | dict(changes.get((i, j), {}))) for i, j, link in self.rows
         ]
         return self._with(links, self.demand)
 
@@ -348,11 +364,7 @@ class RoadNetwork:
             ValueError: There is no such link, or trips have no route any more.
         """
         gone = set(self.numbered(links))
-        rows = [
-            (i, j, {k: link[k] for k in link if k != "index"})
-            for i, j, link in self.graph.edges(data=True)
-            if link["index"] not in gone
-        ]
+        rows = [row for index, row in enumerate(self.rows) if index not in gone]
         return self._with(rows, self.demand)
 
     def with_demand(self, changes: Mapping[tuple[int, int], float] | Tensor) -> RoadNetwork:
@@ -388,7 +400,7 @@ class RoadNetwork:
         )
 
     def _column(self, key: str) -> Tensor:
-        values = [link[key] for _, _, link in self.graph.edges(data=True)]
+        values = [link[key] for _, _, link in self.rows]
         return torch.tensor(values, dtype=torch.float64)
 
     def __repr__(self) -> str:

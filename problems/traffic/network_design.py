@@ -123,6 +123,7 @@ def dispersion_homotopy(
     method: HypergradientMethod | None = None,
     tol: float = 1e-5,
     max_steps: int = 100,
+    memory: int = 30,
     callback: Callable[[float, OuterStep], None] | None = None,
 ) -> list[Minimum]:
     """Minimise under one dispersion after the other, each from the solution of the one before.
@@ -136,6 +137,7 @@ def dispersion_homotopy(
         method: Default: `ImplicitCG` to a relative residual of 1e-10.
         tol: As in `bilevel.minimize_bounded`, relative to the first projected hypergradient of all.
         max_steps: The most outer steps under each dispersion.
+        memory: As in `bilevel.minimize_bounded`; tolls are many and their valleys flat.
         callback: Called with θ and the record after each step.
 
     Returns:
@@ -166,6 +168,7 @@ def dispersion_homotopy(
                 tol=tol,
                 scale=scale,
                 max_steps=max_steps,
+                memory=memory,
                 callback=record,
             )
         )

@@ -189,7 +189,7 @@ def system_optimum(
     marginal = network.with_links(
         {
             (i, j): {"b": link["b"] * (link["power"] + 1.0), "toll": 0.0}
-            for i, j, link in network.graph.edges(data=True)
+            for i, j, link in network.rows
         }
     )
     if start is not None and start.network is not network:
