@@ -34,7 +34,6 @@ __all__ = ["minimize_bounded"]
 
 Numbers = NDArray[np.float64]
 
-_DECREASE = 1e-15
 _TRIALS = 30
 
 
@@ -224,7 +223,7 @@ class _Run:
                         "maxls": _TRIALS,
                         "maxcor": memory,
                         "gtol": 0.0,
-                        "ftol": _DECREASE,
+                        "ftol": 0.0,
                     },
                 )
             except _Stop as stop:
@@ -345,7 +344,9 @@ def _bounds(bounds: Any, tree: PyTree, outer: Outer) -> tuple[Numbers, Numbers]:
         prefix = broadcast_prefix(given, tree, f"`bounds`: {name}")
         for value, leaf, title in zip(prefix, outer.leaves, outer.names, strict=True):
             try:
-                side = torch.as_tensor(none if value is None else value).detach().double().cpu()
+                if not isinstance(value, Tensor):
+                    value = torch.tensor(none if value is None else value, dtype=torch.float64)
+                side = value.detach().double().cpu()
                 parts.append(side.expand(leaf.shape).reshape(-1).numpy())
             except (TypeError, ValueError, RuntimeError) as error:
                 shape = list(getattr(value, "shape", ())) or type(value).__name__

@@ -231,7 +231,9 @@ def _lines(path: Path) -> Iterator[_Line]:
     """Lines without comments, numbered from 1; blank ones are left out."""
     try:
         if path.stat().st_size > _MAX_BYTES:
-            raise DataError(f"'{path}' holds more than {_MAX_BYTES >> 20} MiB; is it the right one?")
+            raise DataError(
+                f"'{path}' holds more than {_MAX_BYTES >> 20} MiB; is it the right one?"
+            )
         text = path.read_text("utf-8", errors="replace")
     except FileNotFoundError:
         raise DataError(f"'{path}' does not exist; check the path, or fetch the file") from None
@@ -250,7 +252,9 @@ class _Metadata:
 
     def count(self, key: str) -> int:
         if key not in self.values:
-            raise DataError(f"'{self.path}' has no metadata <{key}>; add the line, or fetch it again")
+            raise DataError(
+                f"'{self.path}' has no metadata <{key}>; add the line, or fetch it again"
+            )
         word, line = self.values[key]
         if not word.isascii() or not word.isdigit() or not 1 <= int(word[:10]) < 10**9:
             raise line.error(f"has {_show(word)} for <{key}>; give a whole number ≥ 1")
@@ -453,7 +457,9 @@ def _geojson(path: Path) -> dict[int, tuple[float, float]]:
     try:
         tree = json.loads(path.read_text("utf-8"))
     except json.JSONDecodeError as error:
-        raise DataError(f"'{path}' line {error.lineno} is no JSON ({error.msg}); mend it") from error
+        raise DataError(
+            f"'{path}' line {error.lineno} is no JSON ({error.msg}); mend it"
+        ) from error
     except (OSError, UnicodeDecodeError, RecursionError) as error:
         raise DataError(f"'{path}' cannot be read ({error}); fetch the file again") from error
     found = {}

@@ -113,7 +113,10 @@ class LogitLoading:
     def _trips(self, demand: Tensor) -> Tensor:
         """Trips to each destination from each node ``[destinations, nodes]``."""
         trips = demand[:, self.destinations.to(demand.device)].mT
-        return torch.nn.functional.pad(trips, (0, self.network.nodes - self.network.zones))
+        padded: Tensor = torch.nn.functional.pad(
+            trips, (0, self.network.nodes - self.network.zones)
+        )
+        return padded
 
     def _potentials(self, cost: Tensor) -> Tensor:
         routes: Routes = self.network.routes
@@ -123,9 +126,7 @@ class LogitLoading:
     def _check_convergence(self) -> None:
         cost = self.network.free_flow_time + self.network.toll
         weights, _ = self.weights(cost)
-        ones = torch.ones(
-            len(self.destinations), self.network.nodes, 1, dtype=torch.float64
-        )
+        ones = torch.ones(len(self.destinations), self.network.nodes, 1, dtype=torch.float64)
         found, failed = torch.linalg.solve_ex(self.matrix(weights), ones)
         # For W ≥ 0 the sum of its powers converges just where (I − W) x = 1 has a solution x ≥ 1.
         if bool((failed != 0).any()) or not bool((found >= 1.0 - 1e-9).all()):
@@ -164,7 +165,10 @@ class _Potentials(Function):
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[int | None, None], cost: Tensor, compute: Callable[[Tensor], Tensor]
+        info: Any,
+        in_dims: tuple[int | None, None],
+        cost: Tensor,
+        compute: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, int]:
         costs = cost.movedim(in_dims[0] or 0, 0)
         return torch.stack([_Potentials.apply(one, compute) for one in costs]), 0

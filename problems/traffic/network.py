@@ -218,13 +218,12 @@ class RoadNetwork:
     @cached_property
     def rows(self) -> list[tuple[int, int, dict[str, float]]]:
         """(tail, head, attributes) of every link, by number of link."""
-        found = [
+        return [
             (int(i), int(j), {key: link[key] for key in link if key != "index"})
             for i, j, link in sorted(
                 self.graph.edges(data=True), key=lambda edge: int(edge[2]["index"])
             )
         ]
-        return found
 
     @cached_property
     def ends(self) -> list[tuple[int, int]]:
@@ -248,7 +247,7 @@ class RoadNetwork:
 
     @cached_property
     def capacity(self) -> Tensor:
-        """c ``[links]``, float64."""
+        """C ``[links]``, float64."""
         return self._column("capacity")
 
     @cached_property
@@ -352,9 +351,7 @@ class RoadNetwork:
         """
         for ends in changes:
             self.link(*ends)
-        links = [
-            (i, j, link | dict(changes.get((i, j), {}))) for i, j, link in self.rows
-        ]
+        links = [(i, j, link | dict(changes.get((i, j), {}))) for i, j, link in self.rows]
         return self._with(links, self.demand)
 
     def without_links(self, links: Iterable[int | tuple[int, int]]) -> RoadNetwork:

@@ -25,7 +25,7 @@ from bilevel.task import Task, TaskBatch
 from ..analytic import tasks_of
 from ..example import Example
 from ..seeding import generator
-from .decisions import CapacityDecision, Decision, TollDecision
+from .decisions import CapacityDecision, TollDecision
 from .network import RoadNetwork
 from .stochastic_equilibrium import StochasticEquilibrium
 
@@ -75,7 +75,9 @@ class NetworkDesign(StochasticEquilibrium):
         network = _unit_network()
         problem = cls(network, [(5, 7), (6, 8), (7, 3), (8, 4)], weight=0.02, dispersion=1.0)
         outer = torch.tensor([0.2, 0.1, 0.0, 0.3], dtype=dtype)
-        return _example(problem, outer, tasks, dtype, seed, "widened links of the nine-node network")
+        return _example(
+            problem, outer, tasks, dtype, seed, "widened links of the nine-node network"
+        )
 
 
 @PROBLEMS.register("road-tolls")
@@ -178,7 +180,9 @@ def dispersion_homotopy(
     return found
 
 
-def _bound(callback: Callable[[float, OuterStep], None], theta: float) -> Callable[[OuterStep], None]:
+def _bound(
+    callback: Callable[[float, OuterStep], None], theta: float
+) -> Callable[[OuterStep], None]:
     return lambda step: callback(theta, step)
 
 

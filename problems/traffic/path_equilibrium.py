@@ -9,8 +9,8 @@ $$\lambda = (E^\top D E)^+ E^\top \partial_v f, \qquad
   D = \mathrm{diag}(t'_a)$$
 
 (Tobin and Friesz, 1988; Patriksson, 2004), which for added capacity is $(v_a - (E\lambda)_a)\,
-\partial t_a / \partial y_a + 2 \vartheta d_a y_a$ and for tolls $-(E\lambda)_a$. Flows on routes are
-not unique: $E^\top D E$ is singular, but the right-hand side lies in its range, so that conjugate
+\partial t_a / \partial y_a + 2 \vartheta d_a y_a$ and for tolls $-(E\lambda)_a$. Flows on routes
+are not unique: $E^\top D E$ is singular, but the right-hand side lies in its range, so that conjugate
 gradients from zero reach a solution, and $E\lambda$ is the same for all. Where a route is as short
 as those in use without being used, the equilibrium has a kink, and this is the slope on one side at
 best.
@@ -27,7 +27,7 @@ from bilevel.registry import PROBLEMS
 from bilevel.solvers import GradientDescent
 from bilevel.task import Task
 
-from ..analytic import eigenvalue_bounds, mean_over_tasks, tasks_of
+from ..analytic import eigenvalue_bounds, mean_over_tasks
 from ..example import Example
 from ..seeding import generator
 from .costs import beckmann, travel_time, travel_time_slope
@@ -123,9 +123,7 @@ class PathEquilibrium(BilevelProblem):
         count = torch.bincount(self.pair, minlength=len(pairs)) + 1
         return (trips / count.to(trips))[self.pair]
 
-    def metrics(
-        self, inner: Tensor, outer: Tensor, batch: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def metrics(self, inner: Tensor, outer: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """``total_time`` and ``revenue``."""
         flow = self.flows(inner, batch)
         time = travel_time(self.network, flow, self.decision.capacity(outer))
@@ -163,7 +161,7 @@ class PathEquilibrium(BilevelProblem):
         values, vectors = torch.linalg.eigh(H)
         keep = values > _RANK * values[-1]
         part = vectors[:, keep]
-        multipliers = part @ ((part.mT @ (self.exchange @ slope)) / values[keep])
+        multipliers: Tensor = part @ ((part.mT @ (self.exchange @ slope)) / values[keep])
         return multipliers @ self.exchange
 
     @classmethod

@@ -95,7 +95,7 @@ class Routes:
 
     @cached_property
     def _sorted(self) -> tuple[Indices, Indices]:
-        """tail · size + head in order, and the links in that order."""
+        """Tail · size + head in order, and the links in that order."""
         keys = self.tail * self.size + self.head
         order = np.argsort(keys)
         return keys[order], order

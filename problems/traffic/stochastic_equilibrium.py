@@ -150,9 +150,7 @@ class StochasticEquilibrium(BilevelProblem):
         # At s = 0 the slope of g vanishes whatever flow the link ought to carry.
         return self.coordinates(torch.maximum(flow, _START * self.network.capacity.to(flow)))
 
-    def metrics(
-        self, inner: Tensor, outer: Tensor, batch: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def metrics(self, inner: Tensor, outer: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """``total_time`` and ``revenue``."""
         time = self.times(inner, outer)
         toll = self.decision.toll(outer)

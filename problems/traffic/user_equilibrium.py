@@ -124,32 +124,30 @@ def user_equilibrium(
     """
     model = _Model.of(network, capacity, toll)
     routes = _RouteSet(network, start)
-    gap, scale, used = np.inf, 0.0, 0
-    for used in range(1, max_rounds + 1):
-        flow = routes.flow()
-        gap, new = routes.extend(model, flow)
-        if gap <= tol:
-            break
-        scale = gap
-        # On too few routes, accuracy beyond the gap is wasted.
-        routes.equilibrate(model, 0.1 * tol if not new else max(0.1 * tol, 1e-3 * scale))
+    gap, rounds = np.inf, 0
+    while rounds < max_rounds and not gap <= tol:
+        rounds += 1
+        gap, new = routes.extend(model, routes.flow())
+        if not gap <= tol:
+            # On too few routes, accuracy beyond the gap is wasted.
+            routes.equilibrate(model, max(0.1 * tol, 1e-3 * gap if new else 0.0))
     if not gap <= tol:
         raise SolveError(
-            f"the user equilibrium of {network.name} has a relative gap of {gap:.1e} after {used} "
+            f"the user equilibrium of {network.name} has a relative gap of {gap:.1e} after {rounds} "
             f"rounds, above `tol` = {tol:.1e}; raise `max_rounds`, or `tol`"
         )
     routes.forget(model)
-    flow = torch.from_numpy(routes.flow())
-    time = travel_time(network, flow, model.capacity_tensor)
+    found = torch.from_numpy(routes.flow())
+    time = travel_time(network, found, model.capacity_tensor)
     return UserEquilibrium(
         network,
-        flow,
+        found,
         time,
         time + model.toll_tensor,
         model.capacity_tensor,
         model.toll_tensor,
         float(gap),
-        used,
+        rounds,
         routes.paths,
         routes.pair,
         routes.f,
@@ -241,8 +239,8 @@ class _Model:
                 f"`toll` of the link {network.ends[link]} is {float(fixed[link]):g}, below its "
                 "free-flow time with the sign changed: a route could pay for itself; raise it"
             )
-        columns = (network.free_flow_time, c, network.b, network.power, fixed)
-        return cls(*(x.numpy() for x in columns), c, fixed)
+        t, b, p = (x.numpy() for x in (network.free_flow_time, network.b, network.power))
+        return cls(t, c.numpy(), b, p, fixed.numpy(), c, fixed)
 
     def cost(self, v: Numbers) -> Numbers:
         value: Numbers = self.t * (1.0 + self.b * (v / self.c) ** self.p) + self.toll
@@ -372,7 +370,7 @@ class _RouteSet:
             least = np.full(len(self.pairs), np.inf)
             np.minimum.at(least, self.pair, path_cost)
             gap = float(self.f @ (path_cost - least[self.pair]) / (v @ cost))
-            if gap <= tol or gap > 0.9 * before > 0 and gap < 1e-13:
+            if gap <= tol or (gap > 0.9 * before > 0 and gap < 1e-13):
                 return
             before = gap
             if not self._newton(model, v, path_cost, slope, gap):

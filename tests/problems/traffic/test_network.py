@@ -113,14 +113,14 @@ def test_impossible_networks_are_refused():
         make([(1, 2, ROAD)], torch.ones(3, 3, dtype=torch.float64))
     with pytest.raises(ValueError, match="`first_through` is 7"):
         make([(1, 2, ROAD)], {(1, 2): 1.0}, first_through=7)
+    graph = nx.DiGraph()
+    graph.add_edge("a", "b", **ROAD)
     with pytest.raises(ValueError, match=r"the nodes of `graph` are not 1 to 2"):
-        graph = nx.DiGraph()
-        graph.add_edge("a", "b", **ROAD)
         RoadNetwork(graph, torch.zeros(1, 1, dtype=torch.float64))
     network = two()
     with pytest.raises(ValueError, match=r"no link 1 → 7; from 1 links lead to \[2\]"):
         network.link(1, 7)
-    with pytest.raises(ValueError, match="holds 0 .* twice"):
+    with pytest.raises(ValueError, match=r"holds 0 .* twice"):
         network.numbered([(1, 2), 0])
     with pytest.raises(ValueError, match="numbered from 0 to 1"):
         network.numbered([2])
