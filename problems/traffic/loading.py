@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -81,16 +82,23 @@ class LogitLoading:
         whole = flat.expand(count, n * n).index_add(1, place, -weights)
         return whole.reshape(count, n, n)
 
-    def _values(self, cost: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _values(self, cost: Tensor) -> tuple[Tensor, Tensor, Tensor, _Walks]:
+        """W, π, z and the solver of systems with I − W."""
         weights, potential = self.weights(cost)
-        matrix = self.matrix(weights)
+        lu, pivots = torch.linalg.lu_factor(self.matrix(weights.detach()))
+        walks = _Walks(
+            weights,
+            lu,
+            pivots,
+            self.network.tail.to(cost.device),
+            self.network.head.to(cost.device),
+        )
         end = torch.zeros_like(potential).scatter(
             1, self.destinations.to(cost.device).unsqueeze(-1), 1.0
         )
-        z = torch.linalg.solve(matrix, end.unsqueeze(-1)).squeeze(-1)
         # Where no walk leads to the destination nobody travels, and z is 0.
-        z = torch.where(self.reaches.to(cost.device), z, 1.0)
-        return weights, potential, matrix, z
+        z = torch.where(self.reaches.to(cost.device), walks.solve(end), 1.0)
+        return weights, potential, z, walks
 
     def expected_cost(self, cost: Tensor, demand: Tensor) -> Tensor:
         """Σ q V, the expected cost of all trips, 0-d.
@@ -99,16 +107,14 @@ class LogitLoading:
             cost: c ``[links]``, times with tolls.
             demand: q ``[zones, zones]``.
         """
-        _, potential, _, z = self._values(cost)
+        _, potential, z, _ = self._values(cost)
         return (self._trips(demand) * (potential - z.log() / self.dispersion)).sum()
 
     def flows(self, cost: Tensor, demand: Tensor) -> Tensor:
         """X, the flows ``[links]``; arguments as in `expected_cost`."""
-        weights, _, matrix, z = self._values(cost)
-        rate = (self._trips(demand) / z).unsqueeze(-1)
-        visits = torch.linalg.solve(matrix.mT, rate).squeeze(-1)
-        tail, head = self.network.tail.to(cost.device), self.network.head.to(cost.device)
-        return (visits[:, tail] * weights * z[:, head]).sum(0)
+        weights, _, z, walks = self._values(cost)
+        visits = walks.solve(self._trips(demand) / z, transposed=True)
+        return (visits[:, walks.tail] * weights * z[:, walks.head]).sum(0)
 
     def _trips(self, demand: Tensor) -> Tensor:
         """Trips to each destination from each node ``[destinations, nodes]``."""
@@ -142,6 +148,70 @@ class LogitLoading:
                     else "raise it, or give links of cost 0 a little time"
                 )
             )
+
+
+@dataclass(frozen=True)
+class _Walks:
+    """Systems with I − W, whose derivatives touch W on the links alone.
+
+    Those of `torch.linalg.solve` are dense matrices, and factorised anew for each order.
+    """
+
+    weights: Tensor
+    lu: Tensor
+    pivots: Tensor
+    tail: Tensor
+    head: Tensor
+
+    def solve(self, rhs: Tensor, *, transposed: bool = False) -> Tensor:
+        """The solution ``[destinations, nodes]``, differentiable in W and in the right side."""
+        found: Tensor = _Solve.apply(
+            self.weights, rhs, self.lu, self.pivots, self.tail, self.head, transposed
+        )
+        return found
+
+
+class _Solve(Function):
+    """Z of (I − W) z = r, or of the transposed system, given the factors of I − W."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        weights: Tensor,
+        rhs: Tensor,
+        lu: Tensor,
+        pivots: Tensor,
+        tail: Tensor,
+        head: Tensor,
+        transposed: bool,
+    ) -> Tensor:
+        found: Tensor = torch.linalg.lu_solve(lu, pivots, rhs.unsqueeze(-1), adjoint=transposed)
+        return found.squeeze(-1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        weights, _, lu, pivots, tail, head, ctx.transposed = inputs
+        ctx.save_for_backward(weights, lu, pivots, tail, head, output)
+        ctx.save_for_forward(weights, lu, pivots, tail, head, output)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        weights, lu, pivots, tail, head, z = ctx.saved_tensors
+        turned = not ctx.transposed
+        u = _Solve.apply(weights, cotangent, lu, pivots, tail, head, turned)
+        row, column = (head, tail) if ctx.transposed else (tail, head)
+        return u[:, row] * z[:, column], u, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, weights_dot: Tensor | None, rhs_dot: Tensor | None, *_: Any) -> Tensor:
+        weights, lu, pivots, tail, head, z = ctx.saved_tensors
+        row, column = (head, tail) if ctx.transposed else (tail, head)
+        rhs = torch.zeros_like(z) if rhs_dot is None else rhs_dot
+        if weights_dot is not None:
+            rhs = rhs.index_add(1, row, weights_dot * z[:, column])
+        found: Tensor = _Solve.apply(weights, rhs, lu, pivots, tail, head, ctx.transposed)
+        return found
 
 
 class _Potentials(Function):

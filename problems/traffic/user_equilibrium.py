@@ -182,7 +182,7 @@ def system_optimum(
     Example:
         >>> best, toll = system_optimum(RoadNetwork.braess())
         >>> round(best.total_time, 6), round(best.revenue, 3)
-        (498.0, 378.0)
+        (498.0, 198.0)
     """
     marginal = network.with_links(
         {
