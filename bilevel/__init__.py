@@ -13,6 +13,7 @@ from .accuracy import (
     Tolerances,
 )
 from .argmin import argmin
+from .bounded import minimize_bounded
 from .certificate import Smoothness
 from .check import HypergradientCheck, LeafCheck, assert_hypergradient, check_hypergradient
 from .compare import compare
@@ -116,6 +117,7 @@ __all__ = [
     "exact_norms",
     "hypergradient",
     "minimize",
+    "minimize_bounded",
     "problem_from",
     "solve_inner",
     "stateless",

@@ -1,4 +1,4 @@
-"""Data sets for bilevel problems: few-shot image tasks, and text files of LIBSVM.
+"""Data sets for bilevel problems: few-shot image tasks, files of LIBSVM, road networks.
 
 Everything here reads local files or makes its own data; nothing is downloaded.
 """
@@ -14,6 +14,7 @@ from .locate import data_root
 from .mini_imagenet import mini_imagenet
 from .nearest_neighbour import pixel_nearest_neighbour
 from .omniglot import omniglot, omniglot_split
+from .tntp import read_tntp, read_tntp_flow, tntp
 
 __all__ = [
     "DataError",
@@ -27,4 +28,7 @@ __all__ = [
     "omniglot_split",
     "pixel_nearest_neighbour",
     "read_libsvm",
+    "read_tntp",
+    "read_tntp_flow",
+    "tntp",
 ]

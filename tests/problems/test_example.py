@@ -171,6 +171,9 @@ def test_problem_is_printable_and_says_its_structure(name):
         "cournot": Structure.GENERAL,
         "equilibrium": Structure.GENERAL,
         "few-shot": Structure.SYMMETRIC,
+        "network-design": Structure.SYMMETRIC,
+        "path-equilibrium": Structure.SYMMETRIC,
+        "road-tolls": Structure.SYMMETRIC,
         "sinusoid": Structure.SYMMETRIC,
     }
     assert problem.structure is structures.get(name, Structure.POSITIVE_DEFINITE)
