@@ -9,7 +9,7 @@ from typer.core import TyperGroup
 
 from bilevel import BilevelError, __version__
 
-from . import check, compare, doctor, listing, reproduce, train
+from . import check, compare, doctor, listing, reproduce, train, train_roads
 
 __all__ = ["app"]
 
@@ -63,6 +63,8 @@ def _bilevel(
     pass
 
 
+train.app.command("tolls")(train_roads.tolls)
+train.app.command("network-design")(train_roads.network_design)
 app.add_typer(train.app, name="train")
 app.command("list")(listing.list_registered)
 app.command("check")(check.check)

@@ -13,7 +13,7 @@ from .siblings import load, parse_options
 
 __all__ = ["app"]
 
-app = typer.Typer(no_args_is_help=True, help="Train a ready-made job; `imaml` is one.")
+app = typer.Typer(no_args_is_help=True, help="Train a ready-made job.")
 
 _few_shot: Any = load("experiments.few_shot")
 _DEFAULT = _few_shot.Settings()

@@ -1,0 +1,289 @@
+r"""Tolls and new capacity on a road network: solved, judged by the exact equilibrium, and drawn.
+
+The hypergradients are those of stochastic equilibria, whose dispersion θ grows from stage to stage
+(`dispersion_homotopy`); what they found is judged by the exact user equilibrium.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from bilevel import OuterStep
+from bilevel.problems.traffic import (
+    Decision,
+    RoadNetwork,
+    StochasticEquilibrium,
+    TollDecision,
+    UserEquilibrium,
+    dispersion_homotopy,
+    equilibrium_under,
+    sioux_falls_design,
+    system_optimum,
+    user_equilibrium,
+)
+from bilevel.run_folder import RESULT, RunFolder, alone
+
+from ..results import commit
+from .cases import links_of, network_of
+from .map import Panel, draw_map
+
+__all__ = ["NetworkDesignSettings", "RoadResult", "TollSettings", "Watcher", "design", "toll"]
+
+# θ times the mean time of a trip: the first is smooth, the last next to the exact equilibrium.
+_STAGES = (40.0, 160.0, 640.0, 2560.0)
+
+
+@dataclass(frozen=True)
+class TollSettings:
+    """What tolls to find.
+
+    Attributes:
+        network: As in `network_of`.
+        root: Folder with the data sets.
+        links: The links that can be tolled, ``all`` or such as ``3-4,5-7``.
+        steps: The most outer steps in each stage.
+        stages: Products of the dispersion θ and the mean time of a trip, increasing.
+    """
+
+    network: str = "braess"
+    root: str | None = None
+    links: str = "all"
+    steps: int = 200
+    stages: tuple[float, ...] = _STAGES
+
+
+@dataclass(frozen=True)
+class NetworkDesignSettings:
+    """What capacity to add to Sioux Falls.
+
+    Attributes:
+        variant: A, B or C; see `sioux_falls_design`.
+        root: Folder with the data sets.
+        start: Added capacity to start from, on each link.
+        most: The most that can be added to a link.
+        steps: The most outer steps in each stage.
+        stages: Products of the dispersion θ and the mean time of a trip, increasing.
+    """
+
+    variant: str = "A"
+    root: str | None = None
+    start: float = 0.0
+    most: float = 25.0
+    steps: int = 100
+    stages: tuple[float, ...] = _STAGES
+
+
+@dataclass(frozen=True)
+class RoadResult:
+    """What was found.
+
+    Attributes:
+        title: What was solved.
+        unit: Of the values.
+        before: What is minimised, at the exact equilibrium before.
+        after: The same, at the exact equilibrium after.
+        optimum: The least that is possible, where it is known; None otherwise.
+        more: Other numbers, by name.
+        statuses: How each stage ended.
+        evaluations: Gradients and products of the inner objective, by name.
+        seconds: Wall-clock time of the search.
+        files: What was written.
+    """
+
+    title: str
+    unit: str
+    before: float
+    after: float
+    optimum: float | None
+    more: dict[str, float]
+    statuses: list[str]
+    evaluations: dict[str, int]
+    seconds: float
+    files: list[Path] = field(default_factory=list)
+
+
+class Watcher(Protocol):
+    """What is told of a run while it lasts."""
+
+    def start(self, title: str, choices: dict[str, str], folder: str) -> None:
+        """It begins."""
+
+    def step(self, stage: int, stages: int, record: OuterStep) -> None:
+        """An outer step was taken."""
+
+
+def toll(
+    settings: TollSettings, out: Path, watcher: Watcher, *, overwrite: bool = False
+) -> RoadResult:
+    """Find tolls that make total travel time small.
+
+    Raises:
+        DataError: The network cannot be read.
+        RunFolderError: The run folder cannot be written.
+        SolveError: An equilibrium could not be found.
+    """
+    network = network_of(settings.network, settings.root)
+    decision = TollDecision(network, links_of(settings.links, network))
+    before = user_equilibrium(network)
+    best, _ = system_optimum(network)
+    all_links = len(decision) == network.links
+    title = f"{'first' if all_links else 'second'}-best tolls on {network.name}"
+    return _run(
+        settings,
+        out,
+        watcher,
+        overwrite=overwrite,
+        title=title,
+        decision=decision,
+        outer=decision.zeros(),
+        bounds=(0.0, None),
+        before=before,
+        optimum=best.total_time,
+        last=lambda x: Panel("tolls", decision.toll(x).tolist(), f"toll, {network.time_unit}"),
+        more=lambda after: {"revenue": after.revenue},
+    )
+
+
+def design(
+    settings: NetworkDesignSettings, out: Path, watcher: Watcher, *, overwrite: bool = False
+) -> RoadResult:
+    """Find capacity to add to Sioux Falls, at a cost.
+
+    Raises:
+        DataError: The files are not there, or malformed.
+        RunFolderError: The run folder cannot be written.
+        SolveError: An equilibrium could not be found.
+    """
+    decision = sioux_falls_design(settings.variant, settings.root)  # type: ignore[arg-type]
+    network = decision.network
+    outer = torch.full((len(decision),), settings.start, dtype=torch.float64)
+
+    def added(x: Tensor) -> Panel:
+        values = decision.capacity(x) - network.capacity
+        return Panel("added capacity", values.tolist(), f"added capacity, {network.flow_unit}")
+
+    return _run(
+        settings,
+        out,
+        watcher,
+        overwrite=overwrite,
+        title=f"network design of Sioux Falls, variant {settings.variant}",
+        decision=decision,
+        outer=outer,
+        bounds=(0.0, settings.most),
+        before=equilibrium_under(decision, decision.zeros()),
+        optimum=None,
+        last=added,
+        more=lambda after: {"total time": after.total_time},
+    )
+
+
+def _run(
+    settings: TollSettings | NetworkDesignSettings,
+    out: Path,
+    watcher: Watcher,
+    *,
+    overwrite: bool,
+    title: str,
+    decision: Decision,
+    outer: Tensor,
+    bounds: tuple[float, float | None],
+    before: UserEquilibrium,
+    optimum: float | None,
+    last: Callable[[Tensor], Panel],
+    more: Callable[[UserEquilibrium], dict[str, float]],
+) -> RoadResult:
+    network = decision.network
+    with alone(out):
+        folder = RunFolder(out, overwrite=overwrite)
+        folder.write_json("config.json", {**asdict(settings), "commit": commit()})
+        mean = before.total_time / float(network.demand.sum())
+        thetas = [stage / mean for stage in settings.stages]
+        choices = {
+            "network": f"{network.nodes} nodes, {network.links} links, {len(network.pairs)} pairs",
+            "decided": f"{len(decision)} links",
+            "stages": f"{len(thetas)}, dispersion {thetas[0]:.3g} to {thetas[-1]:.3g}",
+        }
+        watcher.start(title, choices, str(out))
+        started = time.perf_counter()
+
+        def record(theta: float, step: OuterStep) -> None:
+            folder.append({"dispersion": theta, **asdict(step)})
+            watcher.step(thetas.index(theta), len(thetas), step)
+
+        found = dispersion_homotopy(
+            StochasticEquilibrium(decision, thetas[0]),
+            thetas,
+            outer,
+            bounds=bounds,
+            max_steps=settings.steps,
+            callback=record,
+        )
+        x = found[-1].outer
+        seconds = time.perf_counter() - started
+        after = equilibrium_under(decision, x)
+        counts: dict[str, int] = {}
+        for one in found:
+            for name, count in one.counts.items():
+                counts[name] = counts.get(name, 0) + count
+        result = RoadResult(
+            title,
+            _unit(network),
+            float(decision.value(decision.zeros(), before.flow)),
+            float(decision.value(x, after.flow)),
+            optimum,
+            more(after),
+            [one.status.name for one in found],
+            counts,
+            seconds,
+            [folder.path / name for name in ("map.png", "links.csv", RESULT)],
+        )
+        folder.write("map.png", lambda file: _map(network, before, after, last(x), file))
+        folder.write("links.csv", lambda file: file.write(_table(decision, x, before, after)))
+        plain = {key: value for key, value in asdict(result).items() if key != "files"}
+        folder.write_json(RESULT, {**plain, "outer": x.tolist()})
+    return result
+
+
+def _unit(network: RoadNetwork) -> str:
+    return f"{network.flow_unit} · {network.time_unit}"
+
+
+def _map(
+    network: RoadNetwork, before: UserEquilibrium, after: UserEquilibrium, last: Panel, file: Any
+) -> None:
+    label = "flow over capacity"
+    panels = [
+        Panel(name, (one.flow / one.capacity).tolist(), label, middle=1.0)
+        for name, one in (("before", before), ("after", after))
+    ]
+    draw_map(network, [*panels, last], file)
+
+
+def _table(decision: Decision, x: Tensor, before: UserEquilibrium, after: UserEquilibrium) -> bytes:
+    """A line for each link."""
+    network = decision.network
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    head = ["tail", "head", "capacity", "toll", "flow_before", "flow_after"]
+    writer.writerow([*head, "time_before", "time_after"])
+    columns = (
+        decision.capacity(x),
+        decision.toll(x),
+        before.flow,
+        after.flow,
+        before.time,
+        after.time,
+    )
+    for ends, *numbers in zip(network.ends, *(c.tolist() for c in columns), strict=True):
+        writer.writerow([*ends, *(f"{number:.10g}" for number in numbers)])
+    return text.getvalue().encode()
