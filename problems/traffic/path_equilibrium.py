@@ -10,10 +10,10 @@ $$\lambda = (E^\top D E)^+ E^\top \partial_v f, \qquad
 
 (Tobin and Friesz, 1988; Patriksson, 2004), which for added capacity is $(v_a - (E\lambda)_a)\,
 \partial t_a / \partial y_a + 2 \vartheta d_a y_a$ and for tolls $-(E\lambda)_a$. Flows on routes
-are not unique: $E^\top D E$ is singular, but the right-hand side lies in its range, so that conjugate
-gradients from zero reach a solution, and $E\lambda$ is the same for all. Where a route is as short
-as those in use without being used, the equilibrium has a kink, and this is the slope on one side at
-best.
+are not unique: $E^\top D E$ is singular, but the right-hand side lies in its range, so that
+conjugate gradients from zero reach a solution, and $E\lambda$ is the same for all. Where a route is
+as short as those in use without being used, the equilibrium has a kink, and this is the slope on
+one side at best.
 """
 
 from __future__ import annotations

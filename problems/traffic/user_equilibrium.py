@@ -133,8 +133,8 @@ def user_equilibrium(
             routes.equilibrate(model, max(0.1 * tol, 1e-3 * gap if new else 0.0))
     if not gap <= tol:
         raise SolveError(
-            f"the user equilibrium of {network.name} has a relative gap of {gap:.1e} after {rounds} "
-            f"rounds, above `tol` = {tol:.1e}; raise `max_rounds`, or `tol`"
+            f"the user equilibrium of {network.name} has a relative gap of {gap:.1e} after "
+            f"{rounds} rounds, above `tol` = {tol:.1e}; raise `max_rounds`, or `tol`"
         )
     routes.forget(model)
     found = torch.from_numpy(routes.flow())
