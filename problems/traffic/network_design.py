@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,8 +30,6 @@ from .network import RoadNetwork
 from .stochastic_equilibrium import StochasticEquilibrium
 
 __all__ = ["NetworkDesign", "RoadTolls", "dispersion_homotopy", "sioux_falls_design"]
-
-P = TypeVar("P", bound=StochasticEquilibrium)
 
 # The problem of Suwansirikul, Friesz and Tobin (1987), in the numbering of the TNTP file from 1.
 _SIOUX_FALLS_LINKS = (16, 17, 19, 20, 25, 26, 29, 39, 48, 74)
