@@ -161,7 +161,7 @@ def draw(found: Mapping[str, Mapping[float, float]], path: Path) -> None:
         axes.plot(sizes, line, "--", color=COLORS[5], lw=1, label="√κ" if slope < 1 else "linear")
         axes.set(xscale="log", yscale="log")
         axes.yaxis.set_minor_formatter(NullFormatter())
-        if max(costs.values()) < 30 * min(costs.values()):
+        if max(costs.values()) < 200 * min(costs.values()):
             # Decades alone would leave short ranges without a number.
             axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")

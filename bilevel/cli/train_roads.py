@@ -110,7 +110,7 @@ def tolls(
         str, typer.Option(help="The links that can be tolled: all, or such as 3-4,5-7.")
     ] = "all",
     root: Root = None,
-    steps: Steps = 200,
+    steps: Steps = 250,
     out: Out = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,

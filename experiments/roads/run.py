@@ -52,13 +52,16 @@ class TollSettings:
         links: The links that can be tolled, ``all`` or such as ``3-4,5-7``.
         steps: The most outer steps in each stage.
         stages: Products of the dispersion θ and the mean time of a trip, increasing.
+        tol: Of the outer problem, as in `dispersion_homotopy`.
     """
 
     network: str = "braess"
     root: str | None = None
     links: str = "all"
-    steps: int = 200
+    steps: int = 250
     stages: tuple[float, ...] = _STAGES
+    # Tolls are many, and their valleys flat.
+    tol: float = 1e-6
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class NetworkDesignSettings:
         most: The most that can be added to a link.
         steps: The most outer steps in each stage.
         stages: Products of the dispersion θ and the mean time of a trip, increasing.
+        tol: Of the outer problem, as in `dispersion_homotopy`.
     """
 
     variant: str = "A"
@@ -80,6 +84,7 @@ class NetworkDesignSettings:
     most: float = 25.0
     steps: int = 100
     stages: tuple[float, ...] = _STAGES
+    tol: float = 1e-5
 
 
 @dataclass(frozen=True)
@@ -226,6 +231,7 @@ def _run(
             outer,
             bounds=bounds,
             max_steps=settings.steps,
+            tol=settings.tol,
             callback=record,
         )
         x = found[-1].outer
