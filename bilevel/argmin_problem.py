@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .argmin_transforms import depth, refuse_captured
+from .brief import brief
 from .errors import SolveError
 from .flat import FlatProblem, Outer
 from .inner_solver import Carry, InnerSolver, detached
@@ -205,8 +206,8 @@ class InnerProblem:
         status = members(found.status)
         if self.strict and not all(s.ok for s in status):
             raise SolveError(
-                f"the adjoint solve failed: {describe_status(status)} Pass on_failure='ignore' to "
-                "go on."
+                f"{brief(self.problem)}: the adjoint solve failed: {describe_status(status)} Pass "
+                "on_failure='ignore' to go on."
             )
         return found.value
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .compiled import Gradient, compiled_gradient
 from .errors import InPlaceError, ObjectiveError
-from .graph import cut
+from .graph import fresh_leaf
 from .kernels import Kernels, Precision
 from .problem import BilevelProblem
 from .pytree import (
@@ -274,7 +274,7 @@ class FlatProblem:
         """With the regularizer in the value, too, where asked for: that is one more pass over z."""
         self.counts["gradients"] += self.count
         if self.differentiable and not z.requires_grad:
-            z = cut(z)
+            z = fresh_leaf(z)
         if not self.differentiable:
             with step_precision(self.precision, self.device):
                 tree, leaves = self.cut(z)

@@ -7,20 +7,20 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["cut", "is_cut", "nodes", "reaches"]
+__all__ = ["fresh_leaf", "is_fresh_leaf", "nodes", "reaches"]
 
-_MARK = "_bilevel_cut"
+_MARK = "_bilevel_fresh"
 
 
-def cut(value: Tensor) -> Tensor:
+def fresh_leaf(value: Tensor) -> Tensor:
     """The value as a leaf of its own, which is no variable whose gradient could be lost."""
     leaf = value.detach().requires_grad_()
     setattr(leaf, _MARK, True)
     return leaf
 
 
-def is_cut(leaf: Tensor) -> bool:
-    """Whether a leaf was made by `cut`."""
+def is_fresh_leaf(leaf: Tensor) -> bool:
+    """Whether a leaf was made by `fresh_leaf`."""
     return hasattr(leaf, _MARK)
 
 

@@ -17,6 +17,7 @@ from typing import TypeAlias
 from torch import Tensor
 
 from .brief import brief
+from .errors import StructureError
 from .inner_solver import InnerSolver
 from .method import HypergradientMethod
 from .pytree import PyTree
@@ -32,19 +33,14 @@ class Variables(Mapping[str, PyTree]):
     """The variables of the other levels, by name, as one evaluation of an objective sees them.
 
     Those above are given; those below are solved when they are first read, and the solution is in
-    the autograd graph of all that it depends on.
-
-    Attributes:
-        read: Names that were read.
+    the autograd graph of all that it depends on. Iteration shows what is known so far.
     """
 
     def __init__(self, known: Mapping[str, PyTree], find: Callable[[Variables, str], None]) -> None:
         self._known = dict(known)
         self._find = find
-        self.read: set[str] = set()
 
     def __getitem__(self, name: str) -> PyTree:
-        self.read.add(name)
         if name not in self._known:
             self._find(self, name)
         return self._known[name]
@@ -104,6 +100,13 @@ class Level:
                 f"`objective` of {where} is a {type(self.objective).__name__}; pass a function of "
                 "(inner, variables, batch)"
             )
+        for name in ("start", "schedule"):
+            value = getattr(self, name)
+            if value is not None and not callable(value):
+                what = "(variables, batch)" if name == "start" else "the outer step"
+                raise ValueError(
+                    f"`{name}` of {where} is a {type(value).__name__}; pass a function of {what}"
+                )
         for name, kind in (
             ("solver", InnerSolver),
             ("method", HypergradientMethod),
@@ -136,7 +139,29 @@ class Level:
     def alike(self, other: Level) -> bool:
         """Nothing but the data and the name tells the two apart."""
         parts = ("objective", "start", "solver", "method", "regularizer", "schedule")
-        return all(getattr(self, part) == getattr(other, part) for part in parts)
+        return all(_same(getattr(self, part), getattr(other, part)) for part in parts)
+
+    @property
+    def tasks(self) -> Task | TaskBatch | list[Task]:
+        """Its tasks, or one with its data."""
+        tasks: Task | TaskBatch | list[Task] = self.batch if self.has_tasks else Task(self.batch)
+        return tasks
+
+    def require_given(self) -> None:
+        """Raise unless the level can be the top, whose variable is given.
+
+        Raises:
+            StructureError: It has what only a level below another has.
+        """
+        parts = ("solver", "schedule", "method", "start", "regularizer")
+        mine = [f"`{part}`" for part in parts if getattr(self, part) is not None]
+        if self.has_tasks:
+            mine.append("many tasks")
+        if mine:
+            raise StructureError(
+                f"level {self.name!r} has {' and '.join(mine)}, but no edge leads to it, so that "
+                "nothing above enters it: add the missing edge, or leave that out of the top"
+            )
 
     def require_solver(self) -> None:
         """Raise unless the level can be solved, differentiated, and started.
@@ -170,3 +195,10 @@ class Level:
                 "return an inner solver"
             )
         return solver
+
+
+def _same(one: object, other: object) -> bool:
+    try:
+        return one is other or bool(one == other)
+    except RuntimeError:
+        return False  # tensors compare entry by entry

@@ -8,6 +8,7 @@ many who import the library have no levels.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from .errors import StructureError
@@ -16,7 +17,17 @@ from .level import Level
 if TYPE_CHECKING:
     import networkx as nx
 
-__all__ = ["below", "check_graph", "generations", "graph_of", "needs", "order", "routes", "top_of"]
+__all__ = [
+    "below",
+    "check_graph",
+    "generations",
+    "graph_of",
+    "listed",
+    "needs",
+    "order",
+    "routes",
+    "top_of",
+]
 
 
 def graph_of(levels: Sequence[Level], edges: Iterable[tuple[str, str]]) -> nx.DiGraph:
@@ -38,12 +49,14 @@ def graph_of(levels: Sequence[Level], edges: Iterable[tuple[str, str]]) -> nx.Di
             )
         graph.add_node(level.name, level=level)
     for edge in edges:
+        if isinstance(edge, str) or len(edge) != 2:
+            raise ValueError(f"`edges` holds {edge!r}; pass pairs (above, below) of names")
         source, target = edge
         for end in (source, target):
             if end not in graph:
                 raise ValueError(
                     f"the edge {_arrow(source, target)} names {end!r}, but there is no such level; "
-                    f"the levels are {_listed(graph)}"
+                    f"the levels are {listed(graph)}"
                 )
         graph.add_edge(source, target)
     return graph
@@ -69,8 +82,8 @@ def check_graph(graph: nx.DiGraph) -> None:
             )
         if level.name != name:
             raise ValueError(f"node {name!r} holds the level {level.name!r}; give both one name")
-    if not graph:
-        raise ValueError("`graph` has no node; add at least two levels")
+    if len(graph) < 2:
+        raise ValueError(f"`graph` has {len(graph)} nodes; add at least two levels and an edge")
     if not nx.is_directed_acyclic_graph(graph):
         cycle = [source for source, _ in nx.find_cycle(graph)]
         raise StructureError(
@@ -87,12 +100,15 @@ def check_graph(graph: nx.DiGraph) -> None:
         )
     for name in graph:
         level = graph.nodes[name]["level"]
-        if name != tops[0]:
+        if name == tops[0]:
+            level.require_given()
+        else:
             level.require_solver()
-        elif level.is_solved:
+        if level.has_tasks and graph.out_degree(name):
             raise StructureError(
-                f"level {name!r} has a solver, but no edge leads to it, so that nothing above "
-                "enters it: add the missing edge, or leave the solver out of the top"
+                f"level {name!r} has many tasks, and an edge leads from it to a level below, which "
+                "would be another one for each task; write the two as one level of many tasks "
+                "with an `argmin` in its objective"
             )
 
 
@@ -115,12 +131,17 @@ def needs(graph: nx.DiGraph, name: str) -> list[str]:
     return [one for one in order(graph) if one in found]
 
 
-def routes(graph: nx.DiGraph, name: str) -> list[list[str]]:
-    """The paths by which the top's variable reaches a level: the routes of its hypergradient."""
+def routes(graph: nx.DiGraph, name: str, most: int | None = None) -> list[list[str]]:
+    """The paths by which the top's variable reaches a level: the routes of its hypergradient.
+
+    With ``most``, the first so many.
+    """
     import networkx as nx
 
     top = top_of(graph)
-    return [[top]] if name == top else [list(one) for one in nx.all_simple_paths(graph, top, name)]
+    if name == top:
+        return [[top]]
+    return [list(one) for one in islice(nx.all_simple_paths(graph, top, name), most)]
 
 
 def order(graph: nx.DiGraph) -> list[str]:
@@ -148,5 +169,6 @@ def _arrow(*names: Hashable) -> str:
     return " → ".join(str(name) for name in names)
 
 
-def _listed(graph: nx.DiGraph) -> str:
-    return ", ".join(repr(name) for name in graph)
+def listed(names: Iterable[Hashable]) -> str:
+    """Names, quoted."""
+    return ", ".join(repr(name) for name in names)

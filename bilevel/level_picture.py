@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["draw_levels", "levels_as_text"]
 
 _STAIR = 0.5
+_ROUTES, _MOST = 20, 1000
 _INK, _FILL, _LINE = "#1d2733", "#e6f0fa", "#2a6fbb"
 
 
@@ -30,8 +31,10 @@ def levels_as_text(problem: MultiLevelProblem) -> str:
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
     lines = [line.rstrip() for line in lines]
     leaves = [name for name, degree in problem.graph.out_degree() if degree == 0]
-    ways = [way for leaf in leaves for way in routes(problem.graph, leaf)]
-    return "\n".join([*lines, "", "routes", *(f"  {' → '.join(way)}" for way in ways)])
+    ways = [way for leaf in leaves for way in routes(problem.graph, leaf, _MOST)]
+    more = [f"  … and {len(ways) - _ROUTES} more"] * (len(ways) > _ROUTES)
+    shown = [f"  {' → '.join(way)}" for way in ways[:_ROUTES]]
+    return "\n".join([*lines, "", "routes", *shown, *more])
 
 
 def draw_levels(problem: MultiLevelProblem, path: Path) -> None:
@@ -94,7 +97,7 @@ def draw_levels(problem: MultiLevelProblem, path: Path) -> None:
 
 def _solver(level: Level) -> str:
     if level.schedule is not None:
-        return "scheduled: " + brief(level.solver_at(0))
+        return f"scheduled: {brief(level.schedule)}"
     return "given" if level.solver is None else brief(level.solver)
 
 
@@ -104,4 +107,5 @@ def _method(level: Level) -> str:
 
 def _mathtext(name: str) -> str:
     """Letters that mathtext takes for itself, guarded."""
+    name = name.replace("\\", "∖")
     return "".join("\\" + c if c in "_%&#$^{}" else "\\ " if c == " " else c for c in name)

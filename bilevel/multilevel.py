@@ -12,33 +12,22 @@ $$\frac{dF}{dx} = \partial_x f + \sum_v \Big(\frac{\partial z_v}{\partial x}\Big
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .argmin import argmin
 from .argmin_transforms import depth
-from .errors import DependenceError, ObjectiveError, SolveError, StructureError
+from .errors import BilevelWarning, ObjectiveError, SolveError
 from .level import Level, Variables
-from .level_graph import (
-    below,
-    check_graph,
-    generations,
-    graph_of,
-    needs,
-    order,
-    routes,
-    top_of,
-)
-from .method import ImplicitMethod
-from .problem import BilevelProblem
-from .pytree import PyTree, check_floating, tree_flatten, tree_leaves, tree_map, tree_unflatten
-from .task import Task, TaskBatch
+from .level_check import check_dependence
+from .level_graph import check_graph, generations, graph_of, needs, routes, top_of
+from .level_run import LevelPoint, LevelRun
+from .pytree import PyTree, check_floating, leaf_names, tree_flatten, tree_map, tree_unflatten
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -55,7 +44,8 @@ class MultiLevelGradient:
         value: The top's objective, 0-d.
         solutions: The solutions of all levels below, by name, detached.
         evaluations: How often the objective of each level was evaluated, by name; a graph that is
-            kept for many products counts once.
+            kept for many products counts once, and levels that are solved together count under
+            the name of the first.
         seconds: Wall-clock time.
     """
 
@@ -93,7 +83,8 @@ class MultiLevelProblem:
     Args:
         graph: A `networkx.DiGraph` whose nodes have a `Level` as attribute ``level``; see `of`.
         warm_start: Begin each solve at the last solution of its level; levels that unroll their
-            steps always begin at their start.
+            steps always begin at their start. Where a level has several minima, which of them is
+            found depends on where its solver begins, and so on earlier calls: pass False there.
 
     Raises:
         StructureError: The graph has a cycle (which is named), or not exactly one top.
@@ -124,12 +115,11 @@ class MultiLevelProblem:
         self.graph: nx.DiGraph = graph.copy()
         self.top = top_of(graph)
         self.warm_start = warm_start
-        self._problems = {name: _LevelProblem(self, name) for name in graph if name != self.top}
         self._needs = {name: needs(graph, name) for name in graph}
-        self._last: dict[str, PyTree] = {}
-        self._evaluations: Counter[str] = Counter()
-        self._step = 0
+        self._records: dict[str, Any] = {}
+        self._last: dict[str, LevelPoint] = {}
         self._checked = False
+        self._used: list[bool] = []
 
     @classmethod
     def of(
@@ -215,208 +205,65 @@ class MultiLevelProblem:
                 solution.
         """
         started = time.perf_counter()
-        leaves, spec = tree_flatten(outer)
-        if not leaves:
-            raise ValueError("`outer` holds no tensor; pass at least one floating leaf")
-        check_floating(leaves, outer, "outer")
+        leaves, spec = self._leaves(outer)
         leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
-        before = Counter(self._evaluations)
-        value, variables = self._value(tree_unflatten(leaves, spec), step)
-        found = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
-        if not all(bool(one.isfinite().all()) for one in [value, *found]):
+        with torch.enable_grad():
+            value, variables, run = self._value(tree_unflatten(leaves, spec), step)
+            found = torch.autograd.grad(value, leaves, allow_unused=True)
+        self._warn_of_unused(outer)
+        gradient = [
+            torch.zeros_like(leaf) if one is None else one
+            for leaf, one in zip(leaves, found, strict=True)
+        ]
+        if not all(bool(one.isfinite().all()) for one in [value, *gradient]):
             raise SolveError(
                 "the hypergradient of the top is not finite; `outer` is unchanged. Look at the "
                 "objectives there"
             )
+        evaluations = dict(run.evaluations)
         with torch.no_grad():
             # Those that the top does not read were solved inside other objectives.
             solutions = {name: variables[name] for name in self.graph if name != self.top}
-        spent = {
-            name: n - before[name] for name, n in self._evaluations.items() if n > before[name]
-        }
         return MultiLevelGradient(
-            tree_unflatten(list(found), spec),
+            tree_unflatten(gradient, spec),
             value.detach(),
             {name: tree_map(torch.Tensor.detach, one) for name, one in solutions.items()},
-            spent,
+            evaluations,
             time.perf_counter() - started,
         )
 
-    def _value(self, outer: PyTree, step: int) -> tuple[Tensor, Variables]:
-        self._step = step
-        if not self._checked:
-            self._check_dependence(outer)
-        top = self.level(self.top)
-        variables = self._variables(self.top, {self.top: outer})
-        return self._evaluate(self.top, outer, variables, top.batch), variables
-
-    def _evaluate(self, name: str, inner: PyTree, variables: Variables, batch: PyTree) -> Tensor:
-        """The objective of a level."""
-        self._evaluations[name] += 1
-        value = self.level(name).objective(inner, variables, batch)
-        if name == self.top and not (isinstance(value, Tensor) and value.ndim == 0):
+    def _value(self, outer: PyTree, step: int) -> tuple[Tensor, Variables, LevelRun]:
+        self._leaves(outer)
+        # A copy of the last solutions: what fails on the way leaves none behind.
+        place = (self.graph, self._needs, self._records, step)
+        run = LevelRun(*place, warm_start=self.warm_start, last=dict(self._last))
+        if not (self._checked or depth()):
+            self._used = check_dependence(run, self.top, outer)
+            self._checked = True
+        variables = run.variables(self.top, {self.top: outer})
+        value = run.evaluate(self.top, outer, variables, self.level(self.top).batch)
+        if not (isinstance(value, Tensor) and value.ndim == 0):
             kind = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ObjectiveError(
-                f"the objective of level {name!r} returned {kind}; return a 0-d tensor"
+                f"the objective of level {self.top!r} returned {kind}; return a 0-d tensor"
             )
-        return value
+        self._last = dict(run.last)
+        return value, variables, run
 
-    # Levels below, solved where they are read
+    def _leaves(self, outer: PyTree) -> tuple[list[Tensor], Any]:
+        leaves, spec = tree_flatten(outer)
+        if not leaves:
+            raise ValueError("`outer` holds no tensor; pass at least one floating leaf")
+        check_floating(leaves, outer, "outer")
+        return leaves, spec
 
-    def _variables(self, reader: str, known: Mapping[str, PyTree]) -> Variables:
-        """What the objective of a level sees."""
-
-        def find(variables: Variables, name: str) -> None:
-            self._solve(reader, variables, name)
-
-        return Variables(known, find)
-
-    def _solve(self, reader: str, variables: Variables, name: str) -> None:
-        """Note the solution of a level, and of those that are solved together with it."""
-        self._check_read(reader, variables, name)
-        outer = {one: variables[one] for one in self._needs[name]}
-        together = self._together(name)
-        level = self.level(name)
-        batches = [self.level(one).batch for one in together]
-        alone = len(together) == 1
-        task = _task(batches[0]) if alone else [Task(one) for one in batches]
-        solver = level.solver_at(self._step)
-        assert level.method is not None
-        # Under a transform there is no plain solution to keep; and what is unrolled is a function
-        # of where it began.
-        warm = self.warm_start and depth() == 0 and isinstance(level.method, ImplicitMethod)
-        inner = None
-        if warm and all(one in self._last for one in together):
-            last = [self._last[one] for one in together]
-            inner = last[0] if alone else last
-        try:
-            found = argmin(
-                self._problems[together[0]],
-                outer,
-                task,
-                inner_solver=solver,
-                method=level.method,
-                inner=inner,
+    def _warn_of_unused(self, outer: PyTree) -> None:
+        pairs = zip(leaf_names(outer, "outer"), self._used, strict=False)
+        unused = [f"`{name}`" for name, used in pairs if not used]
+        if unused:
+            warnings.warn(
+                f"nothing depends on {', '.join(unused)}, and the gradient there is zero: use it "
+                "in an objective, or leave it out of `outer`",
+                BilevelWarning,
+                stacklevel=3,
             )
-        except SolveError as error:
-            raise _named(error, together) from error
-        for one, solution in zip(together, [found] if alone else found, strict=True):
-            variables.put(one, solution)
-            if warm:
-                self._last[one] = tree_map(lambda x: x.detach().clone(), solution)
-
-    def _check_read(self, reader: str, variables: Variables, name: str) -> None:
-        """Raise unless a level can be solved where it is read."""
-        if name not in self.graph:
-            known = ", ".join(repr(one) for one in self.graph)
-            raise DependenceError(
-                f"the objective of level {reader!r} reads {name!r}, but there is no such level; "
-                f"the levels are {known}"
-            )
-        solved_below = below(self.graph, reader)
-        if name not in solved_below:
-            raise DependenceError(
-                f"the objective of level {reader!r} reads {name!r}, but there is no edge "
-                f"{name} → {reader}; add it, so that {reader!r} is solved for a given {name!r}"
-            )
-        for one in self.graph.predecessors(name):
-            if one not in variables and one not in solved_below:
-                raise StructureError(
-                    f"the objective of level {reader!r} reads {name!r}, which needs {one!r}, and "
-                    f"that is neither given to {reader!r} nor solved below it: add the edge "
-                    f"{one} → {reader}, or {reader} → {one}"
-                )
-
-    def _together(self, name: str) -> list[str]:
-        """The levels that are solved in one call with this one, itself included."""
-        mine = self.level(name)
-
-        def fits(other: str) -> bool:
-            level = self.level(other)
-            leaf = not (self.graph.out_degree(other) or level.has_tasks)
-            return leaf and level.alike(mine) and self._needs[other] == self._needs[name]
-
-        return [other for other in self.graph if fits(other)] if fits(name) else [name]
-
-    # What enters what
-
-    def _check_dependence(self, outer: PyTree) -> None:
-        """Raise unless every edge is used, and every solution is read."""
-        solved = self._variables(self.top, {self.top: tree_map(torch.Tensor.detach, outer)})
-        read: set[str] = set()
-        for name in order(self.graph):
-            level, own = self.level(name), solved[name]
-            batch = level.batch
-            if level.has_tasks:
-                tasks = batch.unstack() if isinstance(batch, TaskBatch) else batch
-                batch = tasks[0].inner_batch
-                own = own[0] if isinstance(own, list) else tree_map(lambda x: x[0], own)
-            given = {
-                one: tree_map(lambda x: x.detach().clone().requires_grad_(), solved[one])
-                for one in self._needs[name]
-            }
-            variables = self._variables(name, {**given, name: own})
-            with torch.enable_grad():
-                value = level.objective(own, variables, batch)
-                if level.regularizer is not None:
-                    value = value + level.regularizer.value(own, given)
-            read |= variables.read
-            self._check_edges(name, value, given)
-        unread = [one for one in self.graph if one not in read | {self.top}]
-        if unread:
-            raise DependenceError(
-                f"no objective reads the solution of level {unread[0]!r}, so that it is solved for "
-                f"nothing: use variables[{unread[0]!r}] in a level above, or leave it out"
-            )
-        self._checked = True
-
-    def _check_edges(self, name: str, value: Tensor, leaves: Mapping[str, PyTree]) -> None:
-        for parent in self.graph.predecessors(name):
-            found: Sequence[Tensor | None] = [None]
-            if value.requires_grad:
-                found = torch.autograd.grad(
-                    value, tree_leaves(leaves[parent]), retain_graph=True, allow_unused=True
-                )
-            if all(one is None for one in found):
-                raise DependenceError(
-                    f"level {name!r} does not depend on {parent!r}, though there is an edge "
-                    f"{parent} → {name}: use variables[{parent!r}] in the objective, the "
-                    f"regularizer or a level below {name!r}, or remove the edge"
-                )
-
-
-def _task(batch: PyTree) -> Task | TaskBatch | list[Task]:
-    """The tasks of a level: those that it was given, or one with its data."""
-    return batch if Level.holds_tasks(batch) else Task(batch)
-
-
-def _named(error: SolveError, names: Sequence[str]) -> SolveError:
-    """The error with the levels that it was met in."""
-    where = " and ".join(repr(one) for one in names)
-    return SolveError(f"level {where}: {error}")
-
-
-class _LevelProblem(BilevelProblem):
-    """One level as the library's verbs see it; its outer variable holds those above by name."""
-
-    def __init__(self, owner: MultiLevelProblem, name: str) -> None:
-        self._owner, self._name = owner, name
-        level = owner.level(name)
-        self.regularizer = level.regularizer
-
-    def inner_objective(self, inner: PyTree, outer: PyTree, batch: PyTree) -> Tensor:
-        variables = self._owner._variables(self._name, {**outer, self._name: inner})
-        return self._owner._evaluate(self._name, inner, variables, batch)
-
-    def outer_objective(self, inner: PyTree, outer: PyTree, batch: PyTree) -> Tensor:
-        # `argmin` looks at it once, and does not use it.
-        return torch.stack([leaf.sum() for leaf in tree_leaves(inner)]).sum()
-
-    def initial_inner(self, outer: PyTree, batch: PyTree) -> PyTree:
-        start = self._owner.level(self._name).start
-        if start is None:
-            return super().initial_inner(outer, batch)
-        return start(self._owner._variables(self._name, outer), batch)
-
-    def __repr__(self) -> str:
-        return f"level {self._name!r}"

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from .errors import DependenceError, InPlaceError, ObjectiveError, RandomnessError
 from .flat import FlatProblem
-from .graph import is_cut, nodes, reaches
+from .graph import is_fresh_leaf, nodes, reaches
 from .pytree import leaf_names, tree_leaves
 from .stacking import randomness_message
 
@@ -188,7 +188,7 @@ def _check_captured(value: Tensor, allowed: set[int], name: str, flat: FlatProbl
             isinstance(variable, Tensor)
             and id(variable) not in allowed
             # What an `argmin` inside began its steps at.
-            and not is_cut(variable)
+            and not is_fresh_leaf(variable)
         ):
             raise DependenceError(
                 f"`{name}` uses a tensor of shape {tuple(variable.shape)} that requires grad but "

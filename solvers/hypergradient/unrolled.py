@@ -23,7 +23,7 @@ from torch.autograd import Function
 
 from bilevel.errors import NotDifferentiableError, StructureError
 from bilevel.flat import FlatProblem
-from bilevel.graph import cut
+from bilevel.graph import fresh_leaf
 from bilevel.inner_solver import Carry, InnerSolver, detached
 from bilevel.kernels import Precision
 from bilevel.method import Estimate, HypergradientMethod, Start
@@ -146,10 +146,10 @@ class Unrolled(HypergradientMethod):
             with torch.no_grad():
                 carry = inner_solver.begin(plain, z.detach())
                 carry = detached(inner_solver.advance(plain, carry, 0, first))
-            entry = cut(carry.z)
+            entry = fresh_leaf(carry.z)
             carry = replace(carry, z=entry)
         else:
-            entry = z if z.requires_grad else cut(z)
+            entry = z if z.requires_grad else fresh_leaf(z)
             carry = inner_solver.begin(graph, entry)
         if not self.checkpoint:
             return entry, inner_solver.advance(graph, carry, first, total, stop=False)

@@ -9,11 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bilevel import (
+    BilevelWarning,
     DependenceError,
     Level,
     MultiLevelProblem,
     Proximal,
     SolveError,
+    Stream,
     StructureError,
     Task,
     TaskBatch,
@@ -56,7 +58,7 @@ def three(middle=MIDDLE, bottom=EXACT, **options):
             Level("x", lambda x, v, t: 0.5 * ((v["w"] - t) ** 2 + v["z"] ** 2).sum(), TARGET),
             Level(
                 "z",
-                lambda z, v, _: 0.5 * ((z - v["x"]) ** 2 + v["w"] ** 2 * v["x"].exp() ** 0).sum(),
+                lambda z, v, _: 0.5 * ((z - v["x"]) ** 2 + v["w"] ** 2).sum(),
                 start=lambda v, _: torch.zeros_like(v["x"]),
                 **middle,
             ),
@@ -171,6 +173,150 @@ def test_a_value_alone_needs_no_graph():
         value = three().value(X)
     assert not value.requires_grad
     torch.testing.assert_close(value, three_by_formula(X), rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_a_backward_pass_solves_as_its_own_forward_pass_did(warm):
+    # Few steps at one outer step, many at the other: the adjoint of z solves w again.
+    bottom = {
+        "schedule": lambda step: GradientDescent(lr=0.4, max_steps=2 + 60 * step),
+        "method": Unrolled(),
+    }
+
+    def fresh():
+        return three(MIDDLE, bottom, warm_start=warm)
+
+    x = X.clone().requires_grad_()
+    problem = fresh()
+    first = problem.value(x, step=0)
+    problem.value(x + 0.3, step=1)
+    (late,) = torch.autograd.grad(first, x)
+    (want,) = torch.autograd.grad(fresh().value(x, step=0), x)
+    torch.testing.assert_close(late, want, rtol=1e-8, atol=0)
+
+
+def test_a_warm_start_of_a_later_call_does_not_reach_an_earlier_backward_pass():
+    def problem():
+        return MultiLevelProblem.of(
+            [
+                Level("x", lambda x, v, _: v["z"] ** 2 + v["w"]),
+                Level(
+                    "z",
+                    lambda z, v, _: 0.5 * (z - v["x"]) ** 2 + 0.1 * v["w"] * z,
+                    start=lambda v, _: v["x"].detach().clone(),
+                    **MIDDLE,
+                ),
+                # Two wells, of which the start decides.
+                Level(
+                    "w",
+                    lambda w, v, _: (w**2 - 1) ** 2 - 0.1 * w * v["z"],
+                    start=lambda v, _: v["z"].sign().detach(),
+                    **EXACT,
+                ),
+            ],
+            [("x", "z"), ("z", "w")],
+        )
+
+    one = problem()
+    x = torch.tensor(0.8, dtype=F64, requires_grad=True)
+    value = one.value(x)
+    one.value(-x)
+    torch.testing.assert_close(
+        torch.autograd.grad(value, x)[0], problem().hypergradient(x).gradient, rtol=1e-7, atol=0
+    )
+
+
+def test_calls_of_other_shapes_do_not_meet():
+    problem = three()
+    problem.hypergradient(X)
+    pair = X.repeat(2, 1)  # broadcast against the target
+    found = problem.hypergradient(pair)
+    torch.testing.assert_close(
+        found.gradient, derivative(three_by_formula, pair), rtol=1e-6, atol=1e-8
+    )
+
+
+def test_a_failed_call_leaves_nothing_behind():
+    problem = three()
+    before = problem.hypergradient(X)
+    with pytest.raises((SolveError, DependenceError)):
+        problem.hypergradient(torch.full_like(X, float("nan")))
+    torch.testing.assert_close(
+        problem.hypergradient(X).gradient, before.gradient, rtol=1e-8, atol=0
+    )
+
+
+def test_no_grad_around_it_does_not_matter():
+    with torch.no_grad():
+        found = three().hypergradient(X)
+    torch.testing.assert_close(
+        found.gradient, derivative(three_by_formula, X), rtol=1e-6, atol=1e-8
+    )
+
+
+def test_transforms_need_no_plain_call_before():
+    found = torch.func.grad(three().value)(X)
+    torch.testing.assert_close(found, derivative(three_by_formula, X), rtol=1e-6, atol=1e-8)
+
+
+def test_a_leaf_that_nothing_depends_on_is_told():
+    problem = MultiLevelProblem.of(
+        [
+            Level("x", lambda x, v, _: v["z"] ** 2),
+            Level(
+                "z",
+                lambda z, v, _: (z - v["x"]["a"]) ** 2,
+                start=lambda v, _: 0 * v["x"]["a"],
+                **EXACT,
+            ),
+        ],
+        [("x", "z")],
+    )
+    one = torch.ones((), dtype=F64)
+    with pytest.warns(BilevelWarning, match=r"nothing depends on `outer\['b'\]`"):
+        found = problem.hypergradient({"a": one, "b": one})
+    assert found.gradient["a"] == 2
+    assert found.gradient["b"] == 0
+
+
+def test_unrolled_steps_may_depend_on_what_is_above_through_their_start():
+    problem = MultiLevelProblem.of(
+        [
+            Level("x", lambda x, v, _: (v["z"] ** 2).sum()),
+            Level(
+                "z",
+                lambda z, v, _: 0.5 * ((z - 1.0) ** 2).sum(),
+                start=lambda v, _: v["x"] * 1.0,
+                solver=GradientDescent(lr=0.5, max_steps=2, tol=None),
+                method=Unrolled(),
+            ),
+        ],
+        [("x", "z")],
+    )
+    found = problem.hypergradient(X).gradient
+    torch.testing.assert_close(found, 2 * 0.25 * (1 + 0.25 * (X - 1)))
+
+
+def test_a_stream_is_the_data_of_a_level():
+    def problem(batch):
+        return MultiLevelProblem.of(
+            [
+                Level("x", lambda x, v, _: (v["z"] ** 2).sum()),
+                Level(
+                    "z",
+                    lambda z, v, a: 0.5 * ((z - v["x"] - a) ** 2).sum(),
+                    batch,
+                    start=lambda v, _: 0 * v["x"],
+                    solver=GradientDescent(lr=1.0, max_steps=3),
+                    method=ImplicitCG(),
+                ),
+            ],
+            [("x", "z")],
+        )
+
+    data = torch.ones(2, dtype=F64)
+    found = problem(Stream(lambda step: data)).hypergradient(X).gradient
+    torch.testing.assert_close(found, problem(data).hypergradient(X).gradient)
 
 
 def test_an_optimizer_of_pytorch_finds_the_minimum():
@@ -374,7 +520,7 @@ def test_two_levels_of_one_name_are_refused():
 def test_a_level_that_nothing_leads_to_is_named():
     with pytest.raises(StructureError, match="no edge leads to 'x' or 'z'"):
         MultiLevelProblem.of([level("x", "z"), solved("z")], [])
-    with pytest.raises(StructureError, match="level 'z' has a solver, but no edge leads to it"):
+    with pytest.raises(StructureError, match=r"level 'z' has `solver` and .*no edge leads to it"):
         MultiLevelProblem.of([solved("z", "x"), solved("x")], [("z", "x")])
 
 
@@ -408,7 +554,7 @@ def test_a_solution_that_nobody_reads_is_named():
     problem = MultiLevelProblem.of(
         [level("x", "z"), solved("z", "x"), solved("w", "x")], [("x", "z"), ("x", "w")]
     )
-    with pytest.raises(DependenceError, match="no objective reads the solution of level 'w'"):
+    with pytest.raises(DependenceError, match="no objective depends on the solution of level 'w'"):
         problem.hypergradient(torch.ones((), dtype=F64))
 
 
@@ -419,6 +565,102 @@ def test_a_level_below_two_that_do_not_know_each_other_is_refused_where_one_read
     )
     with pytest.raises(StructureError, match=r"level 'a' reads 'w', which needs 'b'.*b → a"):
         problem.hypergradient(torch.ones((), dtype=F64))
+
+
+def test_a_detached_solution_is_no_dependence():
+    def objective(x, v, _):
+        return v["z"].detach() * x
+
+    problem = MultiLevelProblem.of([Level("x", objective), solved("z", "x")], [("x", "z")])
+    with pytest.raises(DependenceError, match="no objective depends on the solution of level 'z'"):
+        problem.hypergradient(torch.ones((), dtype=F64))
+
+
+def test_dependence_is_looked_at_before_anything_is_solved():
+    # Without it, z has no minimum, and a solve would say so instead.
+    problem = MultiLevelProblem.of(
+        [
+            level("x", "z"),
+            Level(
+                "z",
+                lambda z, v, _: v["w"] - z * v["x"],
+                start=lambda v, _: 0 * v["x"],
+                **EXACT,
+            ),
+            Level(
+                "w",
+                lambda w, v, _: (w - v["z"].detach()) ** 2,
+                start=lambda v, _: 0 * v["z"],
+                **EXACT,
+            ),
+        ],
+        [("x", "z"), ("z", "w")],
+    )
+    with pytest.raises(DependenceError, match="level 'w' does not depend on 'z'"):
+        problem.hypergradient(torch.ones((), dtype=F64))
+
+
+def test_a_start_and_a_regularizer_read_what_is_above_alone():
+    def problem(**more):
+        return MultiLevelProblem.of(
+            [
+                Level("x", lambda x, v, _: v["z"] ** 2),
+                Level("z", lambda z, v, _: (z - v["x"]) ** 2, **{**EXACT, **more}),
+            ],
+            [("x", "z")],
+        )
+
+    one = torch.ones((), dtype=F64)
+    for more in (
+        {"start": lambda v, _: v["q"]},
+        {"start": lambda v, _: v["z"]},
+        {"regularizer": Proximal(1.0, center=lambda v: v["q"])},
+    ):
+        with pytest.raises(DependenceError, match=r"of level 'z' reads '[qz]'; they see .*'x'"):
+            problem(**more).hypergradient(one)
+
+
+def test_what_only_a_level_below_another_has_is_refused_at_the_top():
+    for more in ({"regularizer": Proximal(1.0)}, {"start": lambda v, _: 0}, {"batch": [Task(1)]}):
+        with pytest.raises(StructureError, match="level 'x' has"):
+            MultiLevelProblem.of(
+                [Level("x", lambda x, v, _: v["z"], **more), solved("z", "x")], [("x", "z")]
+            )
+
+
+def test_a_level_below_many_tasks_is_refused():
+    many = Level(
+        "z", lambda z, v, _: v["w"], batch=[Task(1), Task(2)], start=lambda v, _: 0, **EXACT
+    )
+    with pytest.raises(StructureError, match="level 'z' has many tasks, and an edge"):
+        MultiLevelProblem.of([level("x", "z"), many, solved("w", "z")], [("x", "z"), ("z", "w")])
+
+
+def test_a_failing_adjoint_names_its_level():
+    middle = {"solver": LBFGS(tol=1e-9), "method": NeumannSeries(terms=5, scale=50.0)}
+    with pytest.raises(SolveError, match="level 'z': the adjoint solve failed"):
+        three(middle).hypergradient(X)
+
+
+def test_regularizers_with_tensors_of_their_own_are_told_apart():
+    def below(name, strength):
+        return Level(
+            name,
+            lambda z, v, _: ((z - v["x"]) ** 2).sum(),
+            regularizer=Proximal(strength, center=lambda v: 0 * v["x"]),
+            **EXACT,
+        )
+
+    problem = MultiLevelProblem.of(
+        [
+            Level("x", lambda x, v, _: (v["a"] + v["b"]).sum()),
+            below("a", torch.tensor([1.0, 2.0], dtype=F64)),
+            below("b", torch.tensor([3.0, 4.0], dtype=F64)),
+        ],
+        [("x", "a"), ("x", "b")],
+    )
+    want = sum(2 / (2 + torch.tensor(s, dtype=F64)) for s in ([1.0, 2.0], [3.0, 4.0]))
+    torch.testing.assert_close(problem.hypergradient(X).gradient, want)
 
 
 def test_a_failing_level_is_named_with_those_that_it_was_solved_in():
@@ -444,7 +686,7 @@ def test_what_is_no_graph_of_levels_is_refused():
         MultiLevelProblem(graph)
     with pytest.raises(ValueError, match=r"pass a networkx\.DiGraph"):
         MultiLevelProblem([level("x")])
-    with pytest.raises(ValueError, match="`graph` has no node"):
+    with pytest.raises(ValueError, match="`graph` has 0 nodes"):
         MultiLevelProblem(nx.DiGraph())
     graph.nodes["z"]["level"] = solved("other")
     with pytest.raises(ValueError, match="node 'z' holds the level 'other'"):
@@ -459,6 +701,8 @@ def test_what_is_no_graph_of_levels_is_refused():
         ({"solver": LBFGS}, "`solver` of level 'z' is LBFGS"),
         ({"method": "cg"}, "`method` of level 'z' is 'cg'"),
         ({"regularizer": 1.0}, "`regularizer` of level 'z'"),
+        ({"start": torch.zeros(2)}, "`start` of level 'z' is a Tensor"),
+        ({"schedule": LBFGS()}, "`schedule` of level 'z' is a LBFGS"),
     ],
 )
 def test_arguments_of_the_wrong_kind_are_named(arguments, message):
