@@ -56,7 +56,7 @@ def rows_of(where: dict[str, Any], found: RoadResult, reference: float) -> list[
     )
     return [
         Row(where, "before", found.before),
-        Row(where, "after", found.after, reference={"value": reference, "kind": "best known"}),
+        Row(where, "after", found.after, reference={"value": reference, "source": "best known"}),
         Row(where, "best_known", reference),
         Row(where, "excess_percent", 100 * (found.after - reference) / reference),
         Row(where, "saved_percent", 100 * (found.before - found.after) / found.before),
@@ -93,9 +93,9 @@ def anaheim(root: str | None, scratch: Path, out: Path) -> list[Row]:
     shutil.copyfile(scratch / "anaheim" / "map.png", out / "roads-anaheim.png")
     assert found.optimum is not None
     rows += rows_of(where, found, found.optimum)
-    # Kibibytes on Linux.
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return [*rows, Row(where, "peak_bytes_of_the_process", peak)]
+    # Of the whole process, PyTorch included; kibibytes on Linux.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return [*rows, Row(where, "peak_mib", peak)]
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ class Panel:
         title: Above it.
         values: What colors the links, ``[links]``.
         label: Of the color bar.
-        top: Where the colors end; default: the largest value.
+        top: Where the colors end; default: the largest value, unless few are far above the others.
         middle: The value of the color in the middle, such as a flow at capacity; None: no matter.
     """
 
@@ -51,16 +51,27 @@ def draw_map(network: RoadNetwork, panels: Sequence[Panel], path: Path | BinaryI
     figure = new_figure(4.8 * len(panels), height + 1.6)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     tops = {
-        label: max(p.top or max(max(p.values), 1e-12) for p in panels if p.label == label)
+        label: max(p.top or _top(p.values) for p in panels if p.label == label)
         for label in {p.label for p in panels}
     }
     for one, panel in zip(axes, panels, strict=True):
         _draw(one, network, places, panel, tops[panel.label])
         colors = ScalarMappable(Normalize(0.0, tops[panel.label]), _colors(panel))
-        bar = figure.colorbar(colors, ax=one, orientation="horizontal", shrink=0.8, pad=0.02)
+        beyond = "max" if max(panel.values) > tops[panel.label] else "neither"
+        bar = figure.colorbar(
+            colors, ax=one, extend=beyond, orientation="horizontal", shrink=0.8, pad=0.02
+        )
         bar.set_label(panel.label, color=INK)
         bar.outline.set_visible(False)
     figure.savefig(path, format="png")
+
+
+def _top(values: Sequence[float]) -> float:
+    """The largest value; where it is far above nearly all others, a value that shows those."""
+    most = max(max(values), 1e-12)
+    positive = [value for value in values if value > 1e-6 * most]
+    usual = float(np.quantile(positive, 0.95)) if positive else most
+    return most if most < 2.5 * usual else 1.2 * usual
 
 
 def _draw(
