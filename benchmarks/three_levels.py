@@ -86,7 +86,7 @@ class Setting:
             "decay",
             in_the_middle if weighted else on_top,
             self.middle,
-            start=lambda v, _: fixed,
+            start=(lambda v, _: fixed) if weighted else None,
             solver=HessianFree(tol=1e-7) if weighted else None,
             method=ImplicitCG(max_steps=10, rtol=1e-9) if weighted else None,
         )

@@ -35,6 +35,7 @@ __all__ = ["minimize_bounded"]
 Numbers = NDArray[np.float64]
 
 _TRIALS = 30
+_AT_BOUND = 1e-12
 
 
 def minimize_bounded(
@@ -59,8 +60,9 @@ def minimize_bounded(
     warm start is tried again from the problem's own start; if that fails too, the run ends at the
     best point so far, and SciPy sees none of it.
 
-    The records' ``gradient_norm`` is the largest entry of the *projected* hypergradient
-    x − clip(x − u, low, high), ``length`` how far the step went, and ``attempts`` its evaluations.
+    The records' ``gradient_norm`` is the largest entry of the *projected* hypergradient, which is 0
+    where x is at a bound and the hypergradient pushes against it; ``length`` is how far the step
+    went, and ``attempts`` its evaluations.
 
     Args:
         problem: The bilevel problem.
@@ -74,8 +76,8 @@ def minimize_bounded(
         state: ``result.state`` of an earlier run on the same tasks, for a warm start.
         tol: Stop once the largest entry of the projected hypergradient is within this fraction of
             ``scale``.
-        scale: Default: the largest entry of the hypergradient at the start. Give it where the start
-            is nearly a minimum.
+        scale: Default: the largest entry of the projected hypergradient at the start. Give it where
+            the start is nearly a minimum.
         max_steps: The most outer steps.
         memory: Number of pairs that L-BFGS-B keeps.
         callback: Called after each step with its record.
@@ -171,7 +173,7 @@ class _Run:
         started = time.perf_counter()
         x = np.clip(_vector(self.outer.leaves), self.low, self.high)
         first = self._first(x)
-        target = tol * (scale or float(np.abs(first.gradient).max()))
+        target = tol * (scale or self._projected(first))
         seen = 0
 
         def record(point: _Point, length: float) -> None:
@@ -191,7 +193,11 @@ class _Run:
             )
             seen = self.evaluations
             if callback is not None:
-                callback(self.records[-1])
+                try:
+                    callback(self.records[-1])
+                except StopIteration as error:
+                    # SciPy would take it for an order to stop.
+                    raise RuntimeError("`callback` raised StopIteration") from error
 
         here = first
         record(first, 0.0)
@@ -305,13 +311,28 @@ class _Run:
         return result
 
     def _projected(self, point: _Point) -> float:
-        step = point.x - np.clip(point.x - point.gradient, self.low, self.high)
-        return float(np.abs(step).max())
+        """The largest entry of the hypergradient, without those that push against their bound.
+
+        In the units of the hypergradient: a step, cut off at the bounds, would be as short as the
+        bounds are narrow.
+        """
+        x, u = point.x, point.gradient.copy()
+        slack = _AT_BOUND * (1.0 + np.abs(x))
+        u[(x <= self.low + slack) & (u > 0)] = 0.0
+        u[(x >= self.high - slack) & (u < 0)] = 0.0
+        return float(np.abs(u).max())
 
     def _tree(self, x: Numbers) -> PyTree:
         leaves, offset = [], 0
         for leaf in self.outer.leaves:
-            part = torch.from_numpy(x[offset : offset + leaf.numel()].copy())
+            here = slice(offset, offset + leaf.numel())
+            part = torch.from_numpy(x[here].copy()).to(leaf.dtype)
+            # Rounding to the leaf's dtype must not leave the bounds.
+            for side, sign in ((self.low[here], 1.0), (self.high[here], -1.0)):
+                bound = torch.from_numpy(side.copy())
+                outside = sign * (part.double() - bound) < 0
+                inward = torch.nextafter(part, torch.full_like(part, sign * math.inf))
+                part = torch.where(outside, inward, part)
             leaves.append(part.reshape(leaf.shape).to(leaf))
             offset += leaf.numel()
         return self.outer.with_leaves(leaves).tree

@@ -76,8 +76,8 @@ class RoadDisplay:
         """The result, before and after."""
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column(f"at the exact equilibrium ({result.unit})")
-        table.add_column("value", justify="right")
-        table.add_column("saved", justify="right", style="dim")
+        table.add_column("value", justify="right", no_wrap=True)
+        table.add_column("saved", justify="right", style="dim", no_wrap=True)
         table.add_row("before", f"{result.before:,.4f}", "")
         table.add_row("after", f"{result.after:,.4f}", _saved(result, result.after), style="bold")
         if result.optimum is not None:

@@ -12,7 +12,7 @@ import matplotlib as mpl
 import networkx as nx
 import numpy as np
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.colors import ListedColormap, Normalize, TwoSlopeNorm
 from matplotlib.patches import FancyArrowPatch
 
 from bilevel.problems.traffic import RoadNetwork
@@ -33,7 +33,8 @@ class Panel:
         values: What colors the links, ``[links]``.
         label: Of the color bar.
         top: Where the colors end; default: the largest value, unless few are far above the others.
-        middle: The value of the color in the middle, such as a flow at capacity; None: no matter.
+        middle: The value of the color in the middle, such as 1 for flow over capacity; None: there
+            is none, and colors go from faint to strong.
     """
 
     title: str
@@ -56,7 +57,7 @@ def draw_map(network: RoadNetwork, panels: Sequence[Panel], path: Path | BinaryI
     }
     for one, panel in zip(axes, panels, strict=True):
         _draw(one, network, places, panel, tops[panel.label])
-        colors = ScalarMappable(Normalize(0.0, tops[panel.label]), _colors(panel))
+        colors = ScalarMappable(_scale(panel, tops[panel.label]), _colors(panel))
         beyond = "max" if max(panel.values) > tops[panel.label] else "neither"
         bar = figure.colorbar(
             colors, ax=one, extend=beyond, orientation="horizontal", shrink=0.8, pad=0.02
@@ -64,6 +65,12 @@ def draw_map(network: RoadNetwork, panels: Sequence[Panel], path: Path | BinaryI
         bar.set_label(panel.label, color=INK)
         bar.outline.set_visible(False)
     figure.savefig(path, format="png")
+
+
+def _scale(panel: Panel, top: float) -> Normalize:
+    if panel.middle is None:
+        return Normalize(0.0, top)
+    return TwoSlopeNorm(panel.middle, 0.0, max(top, 2.0 * panel.middle))
 
 
 def _top(values: Sequence[float]) -> float:
@@ -83,7 +90,7 @@ def _draw(
 ) -> None:
     wide, high = _extent(places)
     many = network.nodes > _MANY
-    colors, scale = _colors(panel), Normalize(0.0, top)
+    colors, scale = _colors(panel), _scale(panel, top)
     ends = network.ends
     order = sorted(range(network.links), key=lambda a: panel.values[a])
     for a in order:
@@ -111,8 +118,9 @@ def _draw(
         axes.plot(xs, ys, "o", ms=13, color="white", mec="#475569", mew=0.8, zorder=4)
         for node, (x, y) in places.items():
             axes.text(x, y, str(node), ha="center", va="center", fontsize=7, color=INK, zorder=5)
-    axes.set_xlim(min(xs) - 0.07 * wide, max(xs) + 0.07 * wide)
-    axes.set_ylim(min(ys) - 0.07 * high, max(ys) + 0.07 * high)
+    for limits, values, size in ((axes.set_xlim, xs, wide), (axes.set_ylim, ys, high)):
+        middle = (min(values) + max(values)) / 2
+        limits(middle - 0.57 * size, middle + 0.57 * size)
     axes.set_title(panel.title, color=INK, fontsize=11)
     axes.set_aspect("equal")
     axes.set_axis_off()
@@ -144,4 +152,7 @@ def _places(network: RoadNetwork) -> dict[int, tuple[float, float]]:
 
 def _extent(places: Mapping[int, tuple[float, float]]) -> tuple[float, float]:
     xs, ys = zip(*places.values(), strict=True)
-    return max(max(xs) - min(xs), 1e-9), max(max(ys) - min(ys), 1e-9)
+    wide, high = max(xs) - min(xs), max(ys) - min(ys)
+    # Nodes on one line need room for the links that bend between them.
+    least = max(0.25 * max(wide, high), 1e-9)
+    return max(wide, least), max(high, least)

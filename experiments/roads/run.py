@@ -39,6 +39,7 @@ from .map import Panel, draw_map
 __all__ = ["NetworkDesignSettings", "RoadResult", "TollSettings", "Watcher", "design", "toll"]
 
 # θ times the mean time of a trip: the first is smooth, the last next to the exact equilibrium.
+_FILES = ("map.png", "links.csv")
 _STAGES = (40.0, 160.0, 640.0, 2560.0)
 
 
@@ -141,6 +142,11 @@ def toll(
     before = user_equilibrium(network)
     best, _ = system_optimum(network)
     all_links = len(decision) == network.links
+
+    def tolls(x: Tensor) -> Tensor:
+        """Those that were found, without what the network itself costs."""
+        return decision.toll(x) - network.toll
+
     title = f"{'first' if all_links else 'second'}-best tolls on {network.name}"
     return _run(
         settings,
@@ -153,8 +159,8 @@ def toll(
         bounds=(0.0, None),
         before=before,
         optimum=best.total_time,
-        last=lambda x: Panel("tolls", decision.toll(x).tolist(), f"toll, {network.time_unit}"),
-        more=lambda after: {"revenue": after.revenue},
+        last=lambda x: Panel("tolls", tolls(x).tolist(), f"toll, {network.time_unit}"),
+        more=lambda x, after: {"revenue": float((tolls(x) * after.flow).sum())},
     )
 
 
@@ -168,6 +174,11 @@ def design(
         RunFolderError: The run folder cannot be written.
         SolveError: An equilibrium could not be found.
     """
+    if not 0.0 <= settings.start <= settings.most:
+        raise ValueError(
+            f"`start` is {settings.start:g}; the capacity added to a link is from 0 to "
+            f"{settings.most:g}"
+        )
     decision = sioux_falls_design(settings.variant, settings.root)  # type: ignore[arg-type]
     network = decision.network
     outer = torch.full((len(decision),), settings.start, dtype=torch.float64)
@@ -188,7 +199,7 @@ def design(
         before=equilibrium_under(decision, decision.zeros()),
         optimum=None,
         last=added,
-        more=lambda after: {"total time": after.total_time},
+        more=lambda x, after: {"total time": after.total_time},
     )
 
 
@@ -205,13 +216,20 @@ def _run(
     before: UserEquilibrium,
     optimum: float | None,
     last: Callable[[Tensor], Panel],
-    more: Callable[[UserEquilibrium], dict[str, float]],
+    more: Callable[[Tensor, UserEquilibrium], dict[str, float]],
 ) -> RoadResult:
     network = decision.network
+    mean = before.total_time / max(float(network.demand.sum()), 1e-300)
+    if not mean > 0.0:
+        raise ValueError(
+            f"nobody loses time on {network.name}: trips take no time, or there are none, so "
+            "that there is nothing to gain"
+        )
     with alone(out):
         folder = RunFolder(out, overwrite=overwrite)
+        for name in _FILES:
+            folder.remove(name)
         folder.write_json("config.json", {**asdict(settings), "commit": commit()})
-        mean = before.total_time / float(network.demand.sum())
         thetas = [stage / mean for stage in settings.stages]
         choices = {
             "network": f"{network.nodes} nodes, {network.links} links, {len(network.pairs)} pairs",
@@ -247,16 +265,17 @@ def _run(
             float(decision.value(decision.zeros(), before.flow)),
             float(decision.value(x, after.flow)),
             optimum,
-            more(after),
+            more(x, after),
             [one.status.name for one in found],
             counts,
             seconds,
-            [folder.path / name for name in ("map.png", "links.csv", RESULT)],
+            [folder.path / name for name in (*_FILES, RESULT)],
         )
-        folder.write("map.png", lambda file: _map(network, before, after, last(x), file))
-        folder.write("links.csv", lambda file: file.write(_table(decision, x, before, after)))
+        # The picture last: what was found must not hang on it.
         plain = {key: value for key, value in asdict(result).items() if key != "files"}
         folder.write_json(RESULT, {**plain, "outer": x.tolist()})
+        folder.write("links.csv", lambda file: file.write(_table(decision, x, before, after)))
+        folder.write("map.png", lambda file: _map(network, before, after, last(x), file))
     return result
 
 

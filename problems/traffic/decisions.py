@@ -73,6 +73,11 @@ class Decision(ABC):
         return torch.zeros(len(self), dtype=torch.float64)
 
     def _spread(self, outer: Tensor, onto: Tensor) -> Tensor:
+        if tuple(outer.shape) != (len(self),):
+            raise ValueError(
+                f"`outer` is {tuple(outer.shape)}, but {len(self)} links are decided on; pass a "
+                f"tensor [{len(self)}]"
+            )
         return onto.to(outer).index_add(0, self.index.to(outer.device), outer)
 
 

@@ -65,6 +65,11 @@ class StochasticEquilibrium(BilevelProblem):
         self.network = decision.network
         self.dispersion = float(dispersion)
         self.loading = LogitLoading(self.network, dispersion)
+        if not len(self.live):
+            raise ValueError(
+                f"no link's time depends on its flow in {self.network.name}: `b` or `power` is 0 "
+                "everywhere, so that there is no equilibrium to find"
+            )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.decision!r}, dispersion={self.dispersion:g})"

@@ -269,6 +269,13 @@ def _column(name: str, given: Tensor | None, own: Tensor) -> Tensor:
     return found
 
 
+def _relative(excess: Any, total: Any) -> float:
+    """The gap; routes that cost nothing leave none."""
+    if total > 0.0:
+        return float(excess / total)
+    return 0.0 if excess <= 0.0 else float("inf")
+
+
 class _RouteSet:
     """The routes known so far and their flows."""
 
@@ -323,7 +330,7 @@ class _RouteSet:
         gap = np.inf
         if self.P is not None:
             over = np.maximum(self.P @ cost - least[self.pair], 0.0)
-            gap = float(self.f @ over / (v @ cost))
+            gap = _relative(self.f @ over, v @ cost)
             best = np.full(len(self.pairs), np.inf)
             np.minimum.at(best, self.pair, self.P @ cost)
         else:
@@ -369,7 +376,7 @@ class _RouteSet:
             path_cost = self.P @ cost
             least = np.full(len(self.pairs), np.inf)
             np.minimum.at(least, self.pair, path_cost)
-            gap = float(self.f @ (path_cost - least[self.pair]) / (v @ cost))
+            gap = _relative(self.f @ (path_cost - least[self.pair]), v @ cost)
             if gap <= tol or (gap > 0.9 * before > 0 and gap < 1e-13):
                 return
             before = gap
@@ -413,7 +420,7 @@ class _RouteSet:
         path_cost = self.P @ cost
         least = np.full(len(self.pairs), np.inf)
         np.minimum.at(least, self.pair, path_cost)
-        return float(f @ (path_cost - least[self.pair]) / (v @ cost))
+        return _relative(f @ (path_cost - least[self.pair]), v @ cost)
 
     def _projected(self, f: Numbers, mine: NDArray[np.bool_], basic: Indices) -> Numbers:
         f = np.where(mine, 0.0, np.maximum(f, 0.0))

@@ -251,3 +251,43 @@ def test_a_regularizer_as_the_outer_variable():
     assert free.outer.item() == pytest.approx(3.0, abs=1e-5)  # z = 1 / (1 + x)
     bound = run(problem, torch.ones((), dtype=F64), bounds=(0.0, 2.0), tol=1e-8)
     assert (bound.status, bound.outer.item()) == (OuterStatus.CONVERGED, 2.0)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e7])
+@pytest.mark.parametrize("width", [1e-3, 1.0])
+def test_neither_narrow_bounds_nor_units_make_a_start_a_minimum(scale, width):
+    problem = problem_from(
+        lambda z, x, batch: 0.5 * ((z - x) ** 2).sum(),
+        lambda z, x, batch: scale * ((z - 0.5 * width) ** 2).sum(),
+        initial_inner=lambda x, batch: torch.zeros_like(x),
+    )
+    start = torch.full((2,), width, dtype=F64)
+    found = run(problem, start, bounds=(0.0, width), tol=1e-6)
+    assert found.status is OuterStatus.CONVERGED
+    torch.testing.assert_close(found.outer, start / 2, rtol=1e-5, atol=0)
+    assert len(found.steps) > 1
+
+
+def test_rounding_to_the_leafs_dtype_does_not_leave_the_bounds():
+    problem = problem_from(
+        lambda z, x, batch: 0.5 * ((z - x) ** 2).sum(),
+        lambda z, x, batch: -z.sum(),
+        initial_inner=lambda x, batch: torch.zeros_like(x),
+    )
+    settings = {"inner_solver": LBFGS(tol=1e-5), "method": ImplicitCG(rtol=1e-5)}
+    found = run(problem, torch.zeros(2), bounds=(0.0, 0.1), **settings)
+    assert found.outer.dtype == torch.float32
+    assert (found.outer.double() <= 0.1).all()
+    assert (found.outer > 0.0999).all()
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_callback_that_raises_stop_iteration_is_not_taken_for_an_end(at):
+    matrix, target = random_program(4, 0)
+
+    def callback(step):
+        if step.step == at:
+            raise StopIteration
+
+    with pytest.raises(RuntimeError, match="`callback` raised StopIteration"):
+        run(chain(matrix, target), torch.zeros(4, dtype=F64), callback=callback)

@@ -258,3 +258,17 @@ def test_anaheim(real_network):
     assert (flow * problem.times(found.inner, outer)).sum().item() == pytest.approx(
         1419041.94, abs=1.0
     )
+
+
+@pytest.mark.parametrize("change", [{"b": 0.0}, {"power": 0.0}])
+def test_roads_without_congestion_are_refused_by_name(change):
+    network = RoadNetwork.braess()
+    flat = network.with_links(dict.fromkeys(network.ends, change))
+    with pytest.raises(ValueError, match=r"no link's time depends on its flow in Braess"):
+        RoadTolls(flat, dispersion=1.0)
+
+
+def test_a_decision_of_another_length_is_refused():
+    problem = RoadTolls(RoadNetwork.braess(), dispersion=1.0)
+    with pytest.raises(ValueError, match=r"`outer` is \(3,\), but 5 links are decided on"):
+        problem.decision.toll(torch.zeros(3))

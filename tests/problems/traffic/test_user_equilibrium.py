@@ -136,3 +136,16 @@ def test_anaheim_respects_its_zones(real_network):
         assert (network.tail[path[1:]] + 1 >= 39).all()
     assert found.beckmann == pytest.approx(1286032.171096, abs=1e-5)
     assert system_optimum(network)[0].total_time == pytest.approx(1395015.0867, abs=1e-3)
+
+
+def test_roads_that_take_no_time_are_in_equilibrium():
+    links = [(1, 2, {"free_flow_time": 0.0, "capacity": 1.0}), (2, 1, _LINK), (1, 3, _LINK)]
+    links.append((3, 2, _LINK))
+    network = RoadNetwork.from_links(links, {(1, 2): 4.0}, zones=2)
+    found = user_equilibrium(network)
+    assert found.gap == 0.0
+    assert found.total_time == 0.0
+    assert found.flow.tolist() == [4.0, 0.0, 0.0, 0.0]
+
+
+_LINK = {"free_flow_time": 1.0, "capacity": 1.0}
