@@ -10,10 +10,11 @@ import json
 import math
 import os
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,9 +28,21 @@ if TYPE_CHECKING:
 __all__ = ["read_tntp", "read_tntp_flow", "tntp"]
 
 _MAX_BYTES = 1 << 28
+_MAX_ZONES = 20_000  # a trip table takes 8 · zones² bytes: 3.2 GB
+_MAX_COUNT = 10**7
 _META = re.compile(r"<([^<>]*)>(.*)")
 _ORIGIN = re.compile(r"origin\s*(\S*)\s*", re.IGNORECASE)
 _FIELDS = ("capacity", "length", "free_flow_time", "b", "power", "speed", "toll")
+_COLUMNS = 10  # from, to, the fields above, type
+_KEYS = {
+    "NUMBER OF ZONES",
+    "NUMBER OF NODES",
+    "NUMBER OF LINKS",
+    "FIRST THRU NODE",
+    "TOTAL OD FLOW",
+    "TOLL FACTOR",
+    "DISTANCE FACTOR",
+}
 
 
 def tntp(name: str, root: str | os.PathLike[str] | None = None) -> RoadNetwork:
@@ -57,14 +70,15 @@ def read_tntp(
 ) -> RoadNetwork:
     """Read ``…_net.tntp``, ``…_trips.tntp`` and, if there, the coordinates of the nodes.
 
-    Where the metadata give a ``TOLL FACTOR`` or a ``DISTANCE FACTOR``, the network's tolls are
-    toll · factor + length · factor; where not, they are the file's tolls where those are not zero.
+    A link's toll is the file's toll times the metadata's ``TOLL FACTOR``, plus its length times
+    their ``DISTANCE FACTOR``. Without the former the file's toll is taken as it stands, without the
+    latter the length adds nothing.
 
     Args:
         path: A folder with one ``…_net.tntp``, or that file.
         trips: The trip table; default: ``…_trips.tntp`` beside the other.
         nodes: Coordinates, ``.tntp`` or ``.geojson``; default: ``…_node.tntp`` or the only
-            ``.geojson`` of points beside the other, if there is one.
+            ``.geojson`` of points beside the other, if there is one; others are ignored.
 
     Raises:
         DataError: A file is missing, truncated or malformed; file and line are named.
@@ -76,8 +90,10 @@ def read_tntp(
     trip_file = net.with_name(f"{stem}_trips.tntp") if trips is None else Path(trips).expanduser()
     found = _read_net(net)
     demand, lines = _read_trips(trip_file, found.zones)
-    place = _coordinate_file(net, stem) if nodes is None else Path(nodes).expanduser()
-    coordinates = None if place is None else _read_nodes(place, found.nodes)
+    if nodes is None:
+        coordinates = _nodes_beside(net, stem, found.nodes)
+    else:
+        coordinates = _read_nodes(Path(nodes).expanduser(), found.nodes)
     try:
         return RoadNetwork.from_links(
             found.links,
@@ -99,6 +115,9 @@ def read_tntp(
 def read_tntp_flow(path: str | os.PathLike[str], network: RoadNetwork) -> tuple[Tensor, Tensor]:
     """Read a ``…_flow.tntp``: the best-known flows of a network.
 
+    Lines that do not begin with a number are a header, before the first row only. All rows have as
+    many columns as the first, and the last ends in a newline or ';': else it may be cut off.
+
     Args:
         path: The file, or the folder that holds one.
         network: The network whose links it lists, in any order.
@@ -110,23 +129,32 @@ def read_tntp_flow(path: str | os.PathLike[str], network: RoadNetwork) -> tuple[
         DataError: The file is missing or malformed, or lists other links; the line is named.
     """
     path = Path(path).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):
         path = _only(path, "_flow.tntp")
     table = torch.full((2, network.links), float("nan"), dtype=torch.float64)
-    for line in _lines(path):
+    text = _text(path)
+    first: tuple[_Line, int] | None = None
+    for line in _lines(path, text):
         words = [word.strip(":") for word in line.text.replace(";", " ").split()]
         words = [word for word in words if word]
-        if not words or line.text.startswith("<") or not _is_number(words[0]):
-            continue  # the header, in whatever words
+        if first is None:
+            if not words or not _is_number(words[0]):
+                continue  # the header, in whatever words
+            first = (line, len(words))
         if len(words) < 4:
             raise line.error(f"has {len(words)} columns of the 4: from, to, volume, cost")
+        if len(words) != first[1]:
+            raise line.error(
+                f"has {len(words)} columns, but line {first[0].number_in_file} has {first[1]}; "
+                "fetch the file again"
+            )
         tail, head = line.node(words[0], network.nodes), line.node(words[1], network.nodes)
         if not network.graph.has_edge(tail, head):
             raise line.error(f"has the link {tail} → {head}, which the network lacks; pass its own")
         index = network.link(tail, head)
         if not bool(table[0, index].isnan()):
             raise line.error(f"has the link {tail} → {head} for the second time; remove one")
-        table[0, index] = line.number(words[2], "the volume")
+        table[0, index] = line.number(words[2], "the volume", above=0.0)
         table[1, index] = line.number(words[3], "the cost")
     missing = table[0].isnan()
     if bool(missing.any()):
@@ -135,6 +163,11 @@ def read_tntp_flow(path: str | os.PathLike[str], network: RoadNetwork) -> tuple[
             f"'{path}' ends without the link {tail} → {head} and {int(missing.sum()) - 1} others; "
             "fetch the file again"
         )
+    if not text.endswith("\n") and not line.text.endswith(";"):
+        raise line.error(
+            "does not end in a newline, so its last number may be cut off; fetch the file again, "
+            "or end the line"
+        )
     return table[0], table[1]
 
 
@@ -142,29 +175,36 @@ def read_tntp_flow(path: str | os.PathLike[str], network: RoadNetwork) -> tuple[
 
 
 def _folder(name: str, root: str | os.PathLike[str] | None) -> Path:
-    base = data_root(root)
+    try:
+        base = data_root(root)
+    except OSError as error:  # such as a name that is too long
+        raise DataError(f"`root` cannot be read ({error.strerror}); pass another") from error
     if not name or Path(name).name != name or name in (".", ".."):
-        raise DataError(f"`name` is {name!r}; give a plain folder name such as 'SiouxFalls'")
+        raise DataError(f"`name` is {_show(name)}; give a plain folder name such as 'SiouxFalls'")
     for place in (base / "transportation" / name, base / name):
-        if place.is_dir():
+        if os.path.isdir(place):
             return place
-    if (base.name == name or (base / f"{name}_net.tntp").is_file()) and any(
+    if (base.name == name or os.path.isfile(base / f"{name}_net.tntp")) and any(
         base.glob("*_net.tntp")
     ):
         return base
     parts = [base / "transportation", base]
     known = sorted({one.parent.name for part in parts for one in part.glob("*/*_net.tntp")})
     raise DataError(
-        f"`root` = '{base}' holds neither transportation/{name}/ nor {name}/; networks there: "
+        f"`root` = '{base}' holds neither transportation/{_short(name)}/ nor {_short(name)}/; "
+        "networks there: "
         f"{', '.join(known) or 'none'}"
     )
 
 
 def _net_file(path: Path) -> Path:
-    if path.is_dir():
+    # Unlike Path.is_dir and Path.exists, these take a name that is too long for one of no file.
+    if os.path.isdir(path):
         return _only(path, "_net.tntp")
-    if not path.is_file():
-        raise DataError(f"'{path}' does not exist; point `path` at a folder with a …_net.tntp")
+    if not os.path.exists(path):
+        raise DataError(
+            f"'{_short(str(path))}' does not exist; point `path` at a folder with a …_net.tntp"
+        )
     if not path.name.endswith("_net.tntp"):
         raise DataError(f"'{path}' is not named …_net.tntp; pass that file, or its folder")
     return path
@@ -179,12 +219,14 @@ def _only(folder: Path, suffix: str) -> Path:
     return found[0]
 
 
-def _coordinate_file(net: Path, stem: str) -> Path | None:
-    node = net.with_name(f"{stem}_node.tntp")
-    if node.is_file():
-        return node
-    found = sorted(net.parent.glob("*.geojson"))
-    return found[0] if len(found) == 1 else None
+def _nodes_beside(net: Path, stem: str, nodes: int) -> dict[int, tuple[float, float]] | None:
+    table = net.with_name(f"{stem}_node.tntp")
+    if os.path.exists(table):
+        return _read_nodes(table, nodes)
+    # One without points is of something else, such as the links.
+    found = [(path, _geojson(path)) for path in sorted(net.parent.glob("*.geojson"))]
+    found = [(path, points) for path, points in found if points]
+    return _complete(*found[0], nodes) if len(found) == 1 else None
 
 
 # Lines and numbers
@@ -210,7 +252,7 @@ class _Line:
         return value
 
     def node(self, word: str, most: int, what: str = "node") -> int:
-        if not word.isascii() or not word.isdigit() or len(word) > 9:
+        if not _is_whole(word):
             raise self.error(f"has {_show(word)} for a {what}, which is no whole number; mend it")
         if not 1 <= int(word) <= most:
             raise self.error(
@@ -219,26 +261,53 @@ class _Line:
         return int(word)
 
 
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?|[+-]?(inf|nan)", re.ASCII)
+
+
 def _is_number(word: str) -> bool:
-    return re.fullmatch(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?|[+-]?(inf|nan)", word) is not None
+    return _NUMBER.fullmatch(word) is not None
+
+
+def _is_whole(word: str) -> bool:
+    return word.isascii() and word.isdigit() and len(word) <= 9
 
 
 def _show(word: str) -> str:
     return repr(word[:40] + "…" if len(word) > 40 else word)
 
 
-def _lines(path: Path) -> Iterator[_Line]:
-    """Lines without comments, numbered from 1; blank ones are left out."""
+def _short(name: str) -> str:
+    return name if len(name) <= 200 else f"{name[:80]}…{name[-80:]}"
+
+
+def _text(path: Path) -> str:
+    """What the file holds, without a byte-order mark."""
+    where = f"'{_short(str(path))}'"
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise DataError(
-                f"'{path}' holds more than {_MAX_BYTES >> 20} MiB; is it the right one?"
-            )
-        text = path.read_text("utf-8", errors="replace")
+        # Looked at before it is opened: a pipe would wait for its writer.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise DataError(f"{where} is a device, a pipe or a folder; name a plain file")
+        with path.open("rb") as file:
+            data = file.read(_MAX_BYTES + 1)
     except FileNotFoundError:
-        raise DataError(f"'{path}' does not exist; check the path, or fetch the file") from None
-    except OSError as error:
-        raise DataError(f"'{path}' cannot be read ({error}); fetch the file again") from error
+        raise DataError(f"{where} does not exist; check the path, or fetch the file") from None
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"{where} cannot be read ({why}); fetch the file again") from error
+    if len(data) > _MAX_BYTES:
+        raise DataError(f"{where} holds more than {_MAX_BYTES >> 20} MiB; is it the right one?")
+    if b"\0" in data:
+        line = data.count(b"\n", 0, data.index(b"\0")) + 1
+        raise DataError(
+            f"{where} line {line} has NUL bytes, as UTF-16 has; save the file as UTF-8, or fetch "
+            "it again"
+        )
+    return data.decode("utf-8-sig", errors="replace")
+
+
+def _lines(path: Path, text: str | None = None) -> Iterator[_Line]:
+    """Lines without comments, numbered from 1; blank ones are left out."""
+    text = _text(path) if text is None else text
     for number, line in enumerate(text.split("\n"), start=1):
         plain = line.split("~")[0] if not line.lstrip().startswith("<") else line
         if plain.strip():
@@ -250,14 +319,16 @@ class _Metadata:
     path: Path
     values: dict[str, tuple[str, _Line]]
 
-    def count(self, key: str) -> int:
+    def count(self, key: str, most: int = _MAX_COUNT) -> int:
         if key not in self.values:
             raise DataError(
                 f"'{self.path}' has no metadata <{key}>; add the line, or fetch it again"
             )
         word, line = self.values[key]
-        if not word.isascii() or not word.isdigit() or not 1 <= int(word[:10]) < 10**9:
-            raise line.error(f"has {_show(word)} for <{key}>; give a whole number ≥ 1")
+        if not _is_whole(word) or int(word) == 0:
+            raise line.error(f"has {_show(word)} for <{key}>; give a whole number from 1 to {most}")
+        if int(word) > most:
+            raise line.error(f"has {int(word)} for <{key}>, above the {most} that can be; mend it")
         return int(word)
 
     def number(self, key: str) -> float | None:
@@ -274,7 +345,13 @@ def _sections(path: Path) -> tuple[_Metadata, list[_Line]]:
     for line in _lines(path):
         match = _META.match(line.text)
         if match and not body:
-            metadata[match[1].strip().upper()] = (match[2].strip(), line)
+            key = match[1].strip().upper()
+            if key in metadata and key in _KEYS:
+                raise line.error(
+                    f"has <{key}>, as line {metadata[key][1].number_in_file} has; remove one of "
+                    "the two"
+                )
+            metadata[key] = (match[2].split("~")[0].strip(), line)
         else:
             body.append(line)
     if not metadata and not body:
@@ -297,7 +374,7 @@ class _Net:
 
 def _read_net(path: Path) -> _Net:
     metadata, body = _sections(path)
-    zones, nodes = metadata.count("NUMBER OF ZONES"), metadata.count("NUMBER OF NODES")
+    zones, nodes = metadata.count("NUMBER OF ZONES", _MAX_ZONES), metadata.count("NUMBER OF NODES")
     count = metadata.count("NUMBER OF LINKS")
     first = metadata.count("FIRST THRU NODE") if "FIRST THRU NODE" in metadata.values else 1
     for key, value, most, name in (
@@ -308,8 +385,6 @@ def _read_net(path: Path) -> _Net:
             raise metadata.values[key][1].error(
                 f"has {value} for <{key}>, above the {most} {name}; mend the metadata"
             )
-    if count > 10**7 or nodes > 10**7:
-        raise DataError(f"'{path}' announces {count} links and {nodes} nodes; that cannot be")
     factors = (metadata.number("TOLL FACTOR"), metadata.number("DISTANCE FACTOR"))
     links: list[tuple[int, int, dict[str, float]]] = []
     seen: dict[tuple[int, int], int] = {}
@@ -324,6 +399,11 @@ def _read_net(path: Path) -> _Net:
             )
         if ";" not in line.text:
             raise line.error("does not end in ';', so it may be cut off; fetch the file again")
+        if len(words) > _COLUMNS or line.text.partition(";")[2].strip(" \t;"):
+            raise line.error(
+                f"has {len(words)} columns where a link has at most {_COLUMNS}, all before the "
+                "';'; give each link a line"
+            )
         tail, head = line.node(words[0], nodes), line.node(words[1], nodes)
         if (tail, head) in seen:
             raise line.error(
@@ -369,7 +449,7 @@ def _link(
 def _read_trips(path: Path, zones: int) -> tuple[Tensor, dict[tuple[int, int], int]]:
     """The trips, and the line of each pair that has some."""
     metadata, body = _sections(path)
-    announced = metadata.count("NUMBER OF ZONES")
+    announced = metadata.count("NUMBER OF ZONES", _MAX_ZONES)
     if announced != zones:
         raise metadata.values["NUMBER OF ZONES"][1].error(
             f"announces {announced} zones, but the network has {zones}; pair the right two files"
@@ -429,6 +509,12 @@ def _check_total(metadata: _Metadata, demand: Tensor, last: _Line | None) -> Non
 
 def _read_nodes(path: Path, nodes: int) -> dict[int, tuple[float, float]]:
     found = _geojson(path) if path.suffix in (".geojson", ".json") else _node_table(path, nodes)
+    return _complete(path, found, nodes)
+
+
+def _complete(
+    path: Path, found: dict[int, tuple[float, float]], nodes: int
+) -> dict[int, tuple[float, float]]:
     missing = [node for node in range(1, nodes + 1) if node not in found]
     if missing:
         raise DataError(
@@ -442,7 +528,7 @@ def _node_table(path: Path, nodes: int) -> dict[int, tuple[float, float]]:
     found: dict[int, tuple[float, float]] = {}
     for line in _lines(path):
         words = line.text.replace(";", " ").split()
-        if not words or not (found or words[0][0].isdigit()):
+        if not words or not (found or words[0][0] in "0123456789"):
             continue  # the header
         if len(words) < 3:
             raise line.error(f"has {len(words)} columns of the 3: node, x, y")
@@ -454,24 +540,64 @@ def _node_table(path: Path, nodes: int) -> dict[int, tuple[float, float]]:
 
 
 def _geojson(path: Path) -> dict[int, tuple[float, float]]:
+    """The points by number of node; none where the file is of something else."""
     try:
-        tree = json.loads(path.read_text("utf-8"))
+        tree = json.loads(_text(path))
     except json.JSONDecodeError as error:
         raise DataError(
             f"'{path}' line {error.lineno} is no JSON ({error.msg}); mend it"
         ) from error
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of too many digits, too deep a tree
         raise DataError(f"'{path}' cannot be read ({error}); fetch the file again") from error
-    found = {}
-    try:
-        for feature in tree["features"]:
-            if feature["geometry"]["type"] != "Point":
-                continue
-            x, y = feature["geometry"]["coordinates"][:2]
-            found[int(feature["properties"]["id"])] = (float(x), float(y))
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(
-            f"'{path}' is no collection of points with an id ({type(error).__name__}: {error}); "
-            "pass `nodes` another file"
-        ) from error
+    found: dict[int, tuple[float, float]] = {}
+    features = tree.get("features") if isinstance(tree, dict) else None
+    for number, feature in enumerate(features if isinstance(features, list) else [], start=1):
+        where = f"'{path}' feature {number}"
+        geometry = feature.get("geometry") if isinstance(feature, dict) else None
+        if not isinstance(geometry, dict) or geometry.get("type") != "Point":
+            continue
+        properties = feature.get("properties")
+        given = properties.get("id") if isinstance(properties, dict) else None
+        node = _id(given)
+        if node is None:
+            raise DataError(
+                f"{where} has the id {_brief(given)}, which is no number of a node; mend it, or "
+                "pass `nodes` another file"
+            )
+        if node in found:
+            raise DataError(f"{where} has the node {node} for the second time; remove one")
+        place = geometry.get("coordinates")
+        if not isinstance(place, list) or len(place) < 2 or not all(map(_is_finite, place[:2])):
+            raise DataError(
+                f"{where} has the coordinates {_brief(place)}, which are no two finite numbers; "
+                "mend them"
+            )
+        found[node] = (float(place[0]), float(place[1]))
     return found
+
+
+def _id(given: Any) -> int | None:
+    """The number of a node, which some programs write as 1.0 or "1"."""
+    if isinstance(given, float) and given.is_integer():
+        given = int(given)
+    if isinstance(given, str) and _is_whole(given):
+        given = int(given)
+    whole = isinstance(given, int) and not isinstance(given, bool)
+    return given if whole and 1 <= given < 10**9 else None
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _brief(value: Any) -> str:
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        text = "[[…"
+    return text if len(text) <= 40 else text[:40] + "…"

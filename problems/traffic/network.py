@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -76,6 +77,7 @@ class RoadNetwork:
                 "RoadNetwork.from_links"
             )
         _check_demand(self.demand, self.nodes)
+        _check_coordinates(self.coordinates)
         if not 1 <= self.first_through <= self.nodes + 1:
             raise ValueError(
                 f"`first_through` is {self.first_through}, but nodes are numbered from 1 to "
@@ -111,11 +113,12 @@ class RoadNetwork:
             settings: ``first_through``, ``name``, ``coordinates``, ``time_unit``, ``flow_unit``.
 
         Raises:
-            ValueError: A link is given twice, lacks an attribute, or something is impossible.
+            ValueError: A link is given twice, lacks an attribute, or something is impossible; a
+                node is no whole number.
         """
         graph = nx.DiGraph()
-        rows = list(links)
-        ends = [int(node) for tail, head, _ in rows for node in (tail, head)]
+        rows = [(*_ends("`links` holds", (tail, head)), link) for tail, head, link in links]
+        ends = [node for tail, head, _ in rows for node in (tail, head)]
         last = max([nodes or 0, zones or 0, *ends])
         graph.add_nodes_from(range(1, last + 1))
         for tail, head, link in rows:
@@ -132,7 +135,7 @@ class RoadNetwork:
                     f"and if you like any of {', '.join(map(repr, _DEFAULTS))}"
                 )
             values = {key: float(value) for key, value in (_DEFAULTS | dict(link)).items()}
-            graph.add_edge(int(tail), int(head), index=graph.number_of_edges(), **values)
+            graph.add_edge(tail, head, index=graph.number_of_edges(), **values)
         return cls(nx.freeze(graph), _matrix(demand, zones), **settings)
 
     @classmethod
@@ -293,13 +296,22 @@ class RoadNetwork:
         """Numbers of links that are given by number or by (tail, head); None: all links.
 
         Raises:
-            ValueError: There is no such link, or it is given twice.
+            ValueError: There is no such link, it is given twice, or a number is no whole one.
         """
         if links is None:
             return tuple(range(self.links))
         found = []
         for one in links:
-            index = self.link(*one) if isinstance(one, tuple) else int(one)
+            whole = _whole(one)
+            if isinstance(one, tuple):
+                index = self.link(*_ends("`links` holds", one))
+            elif whole is not None:
+                index = whole
+            else:
+                raise ValueError(
+                    f"`links` holds {one!r}, which is neither a whole number nor a pair (tail, "
+                    "head); pass one of these"
+                )
             if not 0 <= index < self.links:
                 raise ValueError(
                     f"`links` holds {index}, but links are numbered from 0 to {self.links - 1}"
@@ -460,6 +472,39 @@ def _check_link(tail: int, head: int, link: Mapping[str, float]) -> None:
             f"{name} has power = {link['power']:g}, with which its time has no slope at flow 0; "
             "pass 0, or at least 1"
         )
+
+
+def _whole(value: Any) -> int | None:
+    """The value as an int, where it is a whole number by its type; else None."""
+    if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def _ends(what: str, pair: tuple[Any, ...]) -> tuple[int, int]:
+    ends = [_whole(node) for node in pair]
+    if len(ends) != 2 or ends[0] is None or ends[1] is None:
+        raise ValueError(
+            f"{what} the link {' → '.join(map(repr, pair))}; a link is from one node to another, "
+            "both whole numbers"
+        )
+    return ends[0], ends[1]
+
+
+def _check_coordinates(coordinates: Mapping[int, tuple[float, float]] | None) -> None:
+    for node, place in (coordinates or {}).items():
+        try:
+            x, y = place
+            finite = math.isfinite(x) and math.isfinite(y)
+        except (TypeError, ValueError, OverflowError):
+            finite = False
+        if not finite:
+            raise ValueError(
+                f"`coordinates` has {place!r} for node {node}; pass two finite numbers (x, y)"
+            )
 
 
 def _check_demand(demand: Tensor, nodes: int) -> None:

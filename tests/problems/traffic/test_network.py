@@ -1,6 +1,7 @@
 """Road networks: what they hold, what is refused, and shortest routes."""
 
 import networkx as nx
+import numpy as np
 import pytest
 import torch
 
@@ -128,6 +129,31 @@ def test_impossible_networks_are_refused():
         network.scaled(time=0.0)
     with pytest.raises(ValueError, match="the zones are 1 to 2"):
         network.with_demand({(1, 9): 1.0})
+
+
+@pytest.mark.parametrize("place", [(0.0, float("nan")), (float("inf"), 0.0), (1.0,), ("a", 1), 3])
+def test_coordinates_are_finite(place):
+    with pytest.raises(ValueError, match=r"`coordinates` has .* for node 2; pass two finite"):
+        RoadNetwork.from_links([(1, 2, ROAD)], {(1, 2): 1.0}, coordinates={1: (0.0, 0.0), 2: place})
+
+
+@pytest.mark.parametrize("one", [1.0, 0.5, True, "1", None, np.bool_(True), torch.tensor(True)])
+def test_numbers_of_links_are_whole(one):
+    with pytest.raises(ValueError, match=r"`links` holds .*, which is neither a whole number nor"):
+        two().numbered([one])
+    with pytest.raises(ValueError, match=r"`links` holds the link .*, both whole numbers"):
+        two().numbered([(one, 2)])
+    with pytest.raises(ValueError, match=r"`links` holds the link .*, both whole numbers"):
+        RoadNetwork.from_links([(1, 2, ROAD), (2, one, ROAD)], {(1, 2): 1.0})
+
+
+def test_whole_numbers_of_any_type_are_numbers_of_links():
+    assert two().numbered([np.int64(1), torch.tensor(0)]) == (1, 0)
+    assert two().numbered([(np.int32(2), 1)]) == (1,)
+    with pytest.raises(ValueError, match="the link 1 → 2 → 1; a link is from one node to another"):
+        two().numbered([(1, 2, 1)])
+    network = RoadNetwork.from_links([(np.int64(1), 2, ROAD)], {(1, 2): 1.0})
+    assert type(network.ends[0][0]) is int
 
 
 def test_no_route_passes_a_zone_below_the_first_through_node():
