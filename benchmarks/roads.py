@@ -88,7 +88,9 @@ def anaheim(root: str | None, scratch: Path, out: Path) -> list[Row]:
     ]
     busy = (exact.flow / exact.capacity).argsort(descending=True)[:50].tolist()
     links = ",".join("{}-{}".format(*network.ends[a]) for a in busy)
-    settings = TollSettings("anaheim", root, links, steps=40, stages=(40.0, 160.0))
+    settings = TollSettings(
+        network="anaheim", root=root, links=links, steps=40, stages=(40.0, 160.0)
+    )
     found = toll(settings, scratch / "anaheim", Silent())
     shutil.copyfile(scratch / "anaheim" / "map.png", out / "roads-anaheim.png")
     assert found.optimum is not None
@@ -110,11 +112,11 @@ def main() -> None:
             # First, so that the peak of memory is its own.
             rows += anaheim(args.root, scratch, args.out)
         for name in ("braess", "hearn-ramana", *(["sioux-falls"] * args.full)):
-            found = toll(TollSettings(name, args.root), scratch / name, Silent())
+            found = toll(TollSettings(network=name, root=args.root), scratch / name, Silent())
             rows += rows_of({"network": name}, found, REFERENCE[name])
             shutil.copyfile(scratch / name / "map.png", args.out / f"roads-{name}.png")
         for variant, start in (("A", 0.0), ("A", 2.0), ("A", 12.5), ("C", 0.0)) * args.full:
-            settings = NetworkDesignSettings(variant, args.root, start)
+            settings = NetworkDesignSettings(variant=variant, root=args.root, start=start)
             found = design(settings, scratch / f"{variant}{start}", Silent())
             where = {"variant": variant, "start": start}
             rows += rows_of(where, found, BEST_KNOWN[variant])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .errors import DependenceError
 from .level import Level, Variables
-from .level_graph import below, order
+from .level_graph import order
 from .level_run import LevelRun, check_read
 from .method import ImplicitMethod
 from .pytree import PyTree, tree_leaves, tree_map
@@ -43,10 +43,10 @@ def check_dependence(run: LevelRun, top: str, outer: PyTree) -> list[bool]:
     used = [False] * len(tree_leaves(outer))
     with torch.enable_grad():
         starts = {top: [points[top]]}
-        for name in order(run.graph):
+        for name in order(run.plan.graph):
             if name != top:
                 points[name], starts[name] = _start(run, name, points)
-        for name in order(run.graph):
+        for name in order(run.plan.graph):
             total, names = _evaluated(run, name, points, starts[name])
             hits = {one: _hits(total, points[one]) for one in names}
             reached[name] = {one for one, found in hits.items() if any(found)}
@@ -57,12 +57,12 @@ def check_dependence(run: LevelRun, top: str, outer: PyTree) -> list[bool]:
 
 
 def _check(run: LevelRun, top: str, reached: Mapping[str, set[str]]) -> None:
-    for name in order(run.graph):
+    for name in order(run.plan.graph):
         direct = reached[name]
-        inside = [one for one in below(run.graph, name) if one in direct]
-        for parent in run.graph.predecessors(name):
+        inside = [one for one in run.plan.below[name] if one in direct]
+        for parent in run.plan.graph.predecessors(name):
             # Or through a level below that is read here.
-            if parent in direct or any(parent in run.needs[one] for one in inside):
+            if parent in direct or any(parent in run.plan.needs[one] for one in inside):
                 continue
             raise DependenceError(
                 f"level {name!r} does not depend on {parent!r}, though there is an edge "
@@ -70,7 +70,7 @@ def _check(run: LevelRun, top: str, reached: Mapping[str, set[str]]) -> None:
                 f"or a level below {name!r}, undetached, or remove the edge"
             )
     read = set().union(*(names - {name} for name, names in reached.items()))
-    for name in run.graph:
+    for name in run.plan.graph:
         if name != top and name not in read:
             raise DependenceError(
                 f"no objective depends on the solution of level {name!r}, so that it is solved for "
@@ -80,8 +80,8 @@ def _check(run: LevelRun, top: str, reached: Mapping[str, set[str]]) -> None:
 
 def _start(run: LevelRun, name: str, points: Mapping[str, PyTree]) -> tuple[PyTree, list[PyTree]]:
     """Where a level begins, as those above see it, as leaves; and one point for each task."""
-    level = run.level(name)
-    given = {one: points[one] for one in run.needs[name]}
+    level = run.plan.level(name)
+    given = {one: points[one] for one in run.plan.needs[name]}
     above = run.above(name, given)
     found = []
     for batch in _batches(level):
@@ -115,18 +115,18 @@ def _evaluated(
     run: LevelRun, name: str, points: Mapping[str, PyTree], starts: list[PyTree]
 ) -> tuple[Tensor, list[str]]:
     """The objective of a level at the point of its first task, and the names that it knows."""
-    level = run.level(name)
-    known = {one: points[one] for one in run.needs[name]}
-    inside = below(run.graph, name)
+    level = run.plan.level(name)
+    known = {one: points[one] for one in run.plan.needs[name]}
+    inside = run.plan.below[name]
 
     def find(variables: Variables, other: str) -> None:
-        check_read(run.graph, name, variables, other)
-        for one in run.graph.predecessors(other):
+        check_read(run.plan, name, variables, other)
+        for one in run.plan.graph.predecessors(other):
             if one in inside:
                 variables[one]  # what it is solved for must be known here, too
         variables.put(other, points[other])
 
-    own = points[name] if not run.graph.in_degree(name) else tree_map(_leaf, starts[0])
+    own = points[name] if not run.plan.graph.in_degree(name) else tree_map(_leaf, starts[0])
     variables = Variables({**known, name: own}, find)
     value = level.objective(own, variables, _batches(level)[0])
     outputs = [value] if isinstance(value, Tensor) else []

@@ -8,6 +8,7 @@ many who import the library have no levels.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -17,17 +18,8 @@ from .level import Level
 if TYPE_CHECKING:
     import networkx as nx
 
-__all__ = [
-    "below",
-    "check_graph",
-    "generations",
-    "graph_of",
-    "listed",
-    "needs",
-    "order",
-    "routes",
-    "top_of",
-]
+__all__ = ["LevelPlan", "check_graph", "generations", "graph_of", "listed", "order", "routes"]
+__all__ += ["top_of"]
 
 
 def graph_of(levels: Sequence[Level], edges: Iterable[tuple[str, str]]) -> nx.DiGraph:
@@ -115,6 +107,49 @@ def check_graph(graph: nx.DiGraph) -> None:
 def top_of(graph: nx.DiGraph) -> str:
     """The name of the level whose variable is given."""
     return next(str(name) for name, degree in graph.in_degree() if degree == 0)
+
+
+@dataclass(frozen=True)
+class LevelPlan:
+    """What the graph says of each level, worked out once: solves ask for it again and again.
+
+    Attributes:
+        graph: The levels.
+        needs: The variables from above that the solution is a function of, in solving order.
+        below: The levels that its variable reaches.
+        together: The levels that are solved in one call with it, itself included.
+    """
+
+    graph: nx.DiGraph
+    needs: dict[str, list[str]]
+    below: dict[str, set[str]]
+    together: dict[str, list[str]]
+
+    @classmethod
+    def of(cls, graph: nx.DiGraph) -> LevelPlan:
+        """Read a graph that was checked."""
+        given = {name: needs(graph, name) for name in graph}
+        inside = {name: below(graph, name) for name in graph}
+
+        level: dict[str, Level] = dict(graph.nodes(data="level"))
+        # Those that can be tasks beside others.
+        single = [name for name in graph if not (inside[name] or level[name].has_tasks)]
+
+        def group(name: str) -> list[str]:
+            if name not in single:
+                return [name]
+            return [
+                other
+                for other in single
+                if given[other] == given[name] and level[other].alike(level[name])
+            ]
+
+        return cls(graph, given, inside, {name: group(name) for name in graph})
+
+    def level(self, name: str) -> Level:
+        """The level of that name."""
+        found: Level = self.graph.nodes[name]["level"]
+        return found
 
 
 def needs(graph: nx.DiGraph, name: str) -> list[str]:

@@ -48,7 +48,7 @@ def draw_levels(problem: MultiLevelProblem, path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            "a picture of the levels needs matplotlib; install bilevel[plots], or call draw() "
+            "a picture of the levels needs matplotlib; install bilevel[cli], or call draw() "
             "without a path for the text"
         ) from error
     generations = problem.generations

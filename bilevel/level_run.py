@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,18 +18,15 @@ from .argmin import argmin
 from .argmin_transforms import depth
 from .errors import BilevelError, DependenceError, StructureError
 from .flat import stacking_of
-from .level import Level, Variables
-from .level_graph import below, listed
+from .level import Variables
+from .level_graph import LevelPlan, listed
 from .method import ImplicitMethod
 from .problem import BilevelProblem
 from .pytree import PyTree, tree_flatten, tree_leaves, tree_map
 from .regularizer import Proximal
 from .task import Task
 
-if TYPE_CHECKING:
-    import networkx as nx
-
-__all__ = ["LevelPoint", "LevelRun"]
+__all__ = ["LevelPoint", "LevelRun", "check_read"]
 
 _ON_FAILURE = " Pass on_failure='ignore' to go on."
 
@@ -52,8 +49,7 @@ class LevelRun:
     """One evaluation.
 
     Attributes:
-        graph: The levels.
-        needs: The variables from above that each solution is a function of.
+        plan: The levels, and what the graph says of them.
         records: What was found out of each level's problem, such as whether it can be stacked.
         step: The outer step.
         warm_start: Whether solves begin at the last solution.
@@ -61,18 +57,12 @@ class LevelRun:
         evaluations: How often each objective was evaluated.
     """
 
-    graph: nx.DiGraph
-    needs: Mapping[str, list[str]]
+    plan: LevelPlan
     records: dict[str, Any]
     step: int
     warm_start: bool
     last: dict[str, LevelPoint]
     evaluations: Counter[str] = field(default_factory=Counter)
-
-    def level(self, name: str) -> Level:
-        """The level of that name."""
-        level: Level = self.graph.nodes[name]["level"]
-        return level
 
     def variables(self, reader: str, known: Mapping[str, PyTree]) -> Variables:
         """What the objective of a level sees."""
@@ -85,7 +75,7 @@ class LevelRun:
     def evaluate(self, name: str, inner: PyTree, variables: Variables, batch: PyTree) -> Tensor:
         """The objective of a level."""
         self.evaluations[name] += 1
-        return self.level(name).objective(inner, variables, batch)
+        return self.plan.level(name).objective(inner, variables, batch)
 
     def above(self, reader: str, known: Mapping[str, PyTree]) -> Variables:
         """What `start` and the regularizer of a level see: the variables above it alone."""
@@ -100,12 +90,13 @@ class LevelRun:
 
     def _solve(self, reader: str, variables: Variables, name: str) -> None:
         """Note the solution of a level, and of those that are solved together with it."""
-        check_read(self.graph, reader, variables, name)
-        outer = {one: variables[one] for one in self.needs[name]}
-        together = self._together(name)
-        level, alone = self.level(name), len(together) == 1
+        plan = self.plan
+        check_read(plan, reader, variables, name)
+        outer = {one: variables[one] for one in plan.needs[name]}
+        together = plan.together[name]
+        level, alone = plan.level(name), len(together) == 1
         assert level.method is not None
-        task = level.tasks if alone else [Task(self.level(one).batch) for one in together]
+        task = level.tasks if alone else [Task(plan.level(one).batch) for one in together]
         # Under a transform there is no plain solution to keep; and what is unrolled is a function
         # of where it began.
         warm = self.warm_start and depth() == 0 and isinstance(level.method, ImplicitMethod)
@@ -139,24 +130,13 @@ class LevelRun:
             self.records[name] = stacking_of(problem)
         return problem
 
-    def _together(self, name: str) -> list[str]:
-        """The levels that are solved in one call with this one, itself included."""
-        mine = self.level(name)
-
-        def fits(other: str) -> bool:
-            level = self.level(other)
-            leaf = not (self.graph.out_degree(other) or level.has_tasks)
-            return leaf and level.alike(mine) and self.needs[other] == self.needs[name]
-
-        return [other for other in self.graph if fits(other)] if fits(name) else [name]
-
 
 class LevelProblem(BilevelProblem):
     """One level as the library's verbs see it; its outer variable holds those above by name."""
 
     def __init__(self, run: LevelRun, name: str) -> None:
         self._run, self._name = run, name
-        regularizer = run.level(name).regularizer
+        regularizer = run.plan.level(name).regularizer
         self.regularizer = None if regularizer is None else self._seeing(regularizer)
 
     def _seeing(self, regularizer: Proximal) -> Proximal:
@@ -180,7 +160,7 @@ class LevelProblem(BilevelProblem):
         return torch.stack([leaf.sum() for leaf in tree_leaves(inner)]).sum()
 
     def initial_inner(self, outer: PyTree, batch: PyTree) -> PyTree:
-        start = self._run.level(self._name).start
+        start = self._run.plan.level(self._name).start
         if start is None:
             return super().initial_inner(outer, batch)
         return start(self._above(outer), batch)
@@ -189,25 +169,25 @@ class LevelProblem(BilevelProblem):
         return f"level {self._name!r}"
 
 
-def check_read(graph: nx.DiGraph, reader: str, variables: Variables, name: str) -> None:
+def check_read(plan: LevelPlan, reader: str, variables: Variables, name: str) -> None:
     """Raise unless a level can be solved where it is read.
 
     Raises:
         DependenceError: There is no such level, or no edge leads from it.
         StructureError: It needs a variable that is not known there.
     """
-    if name not in graph:
+    if name not in plan.graph:
         raise DependenceError(
             f"the objective of level {reader!r} reads {name!r}, but there is no such level; the "
-            f"levels are {listed(graph)}"
+            f"levels are {listed(plan.graph)}"
         )
-    inside = below(graph, reader)
+    inside = plan.below[reader]
     if name not in inside:
         raise DependenceError(
             f"the objective of level {reader!r} reads {name!r}, but there is no edge "
             f"{name} → {reader}; add it, so that {reader!r} is solved for a given {name!r}"
         )
-    for one in graph.predecessors(name):
+    for one in plan.graph.predecessors(name):
         if one not in variables and one not in inside:
             raise StructureError(
                 f"the objective of level {reader!r} reads {name!r}, which needs {one!r}, and that "

@@ -23,11 +23,13 @@ from torch import Tensor
 
 from .argmin_transforms import depth
 from .errors import BilevelWarning, ObjectiveError, SolveError
+from .flat import Outer
 from .level import Level, Variables
 from .level_check import check_dependence
-from .level_graph import check_graph, generations, graph_of, needs, routes, top_of
+from .level_graph import LevelPlan, check_graph, generations, graph_of, routes, top_of
 from .level_run import LevelPoint, LevelRun
-from .pytree import PyTree, check_floating, leaf_names, tree_flatten, tree_map, tree_unflatten
+from .pytree import PyTree, tree_flatten, tree_map
+from .result import write_gradient
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -61,15 +63,7 @@ class MultiLevelGradient:
         Raises:
             ValueError: ``outer`` has another structure or shapes than the gradient.
         """
-        leaves, spec = tree_flatten(outer)
-        gradients, mine = tree_flatten(self.gradient)
-        if spec != mine or any(a.shape != b.shape for a, b in zip(leaves, gradients, strict=True)):
-            raise ValueError(
-                "`outer` differs in structure or shapes from the variable this hypergradient was "
-                "taken for; pass the same one"
-            )
-        for leaf, gradient in zip(leaves, gradients, strict=True):
-            leaf.grad = gradient.detach().clone()
+        write_gradient(outer, self.gradient, tree_flatten(self.gradient)[1], "; pass the same one")
 
 
 class MultiLevelProblem:
@@ -115,7 +109,7 @@ class MultiLevelProblem:
         self.graph: nx.DiGraph = graph.copy()
         self.top = top_of(graph)
         self.warm_start = warm_start
-        self._needs = {name: needs(graph, name) for name in graph}
+        self._plan = LevelPlan.of(self.graph)
         self._records: dict[str, Any] = {}
         self._last: dict[str, LevelPoint] = {}
         self._checked = False
@@ -205,16 +199,13 @@ class MultiLevelProblem:
                 solution.
         """
         started = time.perf_counter()
-        leaves, spec = self._leaves(outer)
-        leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+        variable = Outer.of(outer).cloned().differentiable()
         with torch.enable_grad():
-            value, variables, run = self._value(tree_unflatten(leaves, spec), step)
-            found = torch.autograd.grad(value, leaves, allow_unused=True)
-        self._warn_of_unused(outer)
-        gradient = [
-            torch.zeros_like(leaf) if one is None else one
-            for leaf, one in zip(leaves, found, strict=True)
-        ]
+            value, variables, run = self._value(variable.tree, step)
+            gradient = torch.autograd.grad(
+                value, variable.leaves, allow_unused=True, materialize_grads=True
+            )
+        self._warn_of_unused(variable)
         if not all(bool(one.isfinite().all()) for one in [value, *gradient]):
             raise SolveError(
                 "the hypergradient of the top is not finite; `outer` is unchanged. Look at the "
@@ -225,7 +216,7 @@ class MultiLevelProblem:
             # Those that the top does not read were solved inside other objectives.
             solutions = {name: variables[name] for name in self.graph if name != self.top}
         return MultiLevelGradient(
-            tree_unflatten(gradient, spec),
+            variable.with_leaves(gradient).tree,
             value.detach(),
             {name: tree_map(torch.Tensor.detach, one) for name, one in solutions.items()},
             evaluations,
@@ -233,10 +224,10 @@ class MultiLevelProblem:
         )
 
     def _value(self, outer: PyTree, step: int) -> tuple[Tensor, Variables, LevelRun]:
-        self._leaves(outer)
+        Outer.of(outer)  # whatever is no variable is refused here, by name
         # A copy of the last solutions: what fails on the way leaves none behind.
-        place = (self.graph, self._needs, self._records, step)
-        run = LevelRun(*place, warm_start=self.warm_start, last=dict(self._last))
+        last = dict(self._last)
+        run = LevelRun(self._plan, self._records, step, warm_start=self.warm_start, last=last)
         if not (self._checked or depth()):
             self._used = check_dependence(run, self.top, outer)
             self._checked = True
@@ -250,15 +241,8 @@ class MultiLevelProblem:
         self._last = dict(run.last)
         return value, variables, run
 
-    def _leaves(self, outer: PyTree) -> tuple[list[Tensor], Any]:
-        leaves, spec = tree_flatten(outer)
-        if not leaves:
-            raise ValueError("`outer` holds no tensor; pass at least one floating leaf")
-        check_floating(leaves, outer, "outer")
-        return leaves, spec
-
-    def _warn_of_unused(self, outer: PyTree) -> None:
-        pairs = zip(leaf_names(outer, "outer"), self._used, strict=False)
+    def _warn_of_unused(self, outer: Outer) -> None:
+        pairs = zip(outer.names, self._used, strict=False)
         unused = [f"`{name}`" for name, used in pairs if not used]
         if unused:
             warnings.warn(

@@ -146,17 +146,9 @@ class Hypergradient:
         Raises:
             ValueError: ``outer`` has another structure or shapes than the gradient.
         """
-        leaves, spec = tree_flatten(outer)
-        gradients = tree_leaves(self.gradient)
-        if spec != self._spec or any(
-            a.shape != b.shape for a, b in zip(leaves, gradients, strict=True)
-        ):
-            raise ValueError(
-                "`outer` differs in structure or shapes from the variable this hypergradient was "
-                "taken for; pass the same one, and reduction='mean'"
-            )
-        for leaf, gradient in zip(leaves, gradients, strict=True):
-            leaf.grad = gradient.detach().clone()
+        write_gradient(
+            outer, self.gradient, self._spec, "; pass the same one, and reduction='mean'"
+        )
 
     def summary(self) -> str:
         """The statuses in words: how many tasks, what was found, what to do."""
@@ -174,6 +166,29 @@ class Hypergradient:
             f"Hypergradient({len(self.status)} task{'s' * (len(self.status) != 1)}, worst status "
             f"{worst.name}, inner residual {residual:.1e}{adjoint})"
         )
+
+
+def write_gradient(outer: PyTree, gradient: PyTree, spec: object, cure: str) -> None:
+    """Write a gradient into ``.grad`` of the leaves of ``outer``.
+
+    Args:
+        outer: The outer variable.
+        gradient: A pytree like it.
+        spec: Structure of the variable that the gradient was taken for.
+        cure: What to do where ``outer`` differs from that.
+
+    Raises:
+        ValueError: ``outer`` has another structure or shapes than the gradient.
+    """
+    leaves, mine = tree_flatten(outer)
+    gradients = tree_leaves(gradient)
+    if mine != spec or any(a.shape != b.shape for a, b in zip(leaves, gradients, strict=True)):
+        raise ValueError(
+            "`outer` differs in structure or shapes from the variable this hypergradient was taken "
+            f"for{cure}"
+        )
+    for leaf, one in zip(leaves, gradients, strict=True):
+        leaf.grad = one.detach().clone()
 
 
 def ritz_values(lanczos: Tensor) -> Tensor:

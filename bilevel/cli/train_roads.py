@@ -117,7 +117,7 @@ def tolls(
 ) -> None:
     """Find tolls that make selfish drivers share the roads, and draw maps of before and after."""
     roads = load("experiments.roads")
-    settings = roads.TollSettings(network, _text(root), links, steps)
+    settings = roads.TollSettings(network=network, root=_text(root), links=links, steps=steps)
     name = Path(network).stem if "/" in network or "." in network else network
     _run(roads.toll, settings, out or _folder(f"tolls-{name}"), overwrite=overwrite, quiet=quiet)
 
@@ -137,7 +137,9 @@ def network_design(
 ) -> None:
     """Find what capacity to add to ten links of Sioux Falls, and draw maps of before and after."""
     roads = load("experiments.roads")
-    settings = roads.NetworkDesignSettings(variant, _text(root), start, steps=steps)
+    settings = roads.NetworkDesignSettings(
+        variant=variant, root=_text(root), start=start, steps=steps
+    )
     folder = out or _folder(f"network-design-{variant}")
     _run(roads.design, settings, folder, overwrite=overwrite, quiet=quiet)
 

@@ -38,54 +38,56 @@ from .map import Panel, draw_map
 
 __all__ = ["NetworkDesignSettings", "RoadResult", "TollSettings", "Watcher", "design", "toll"]
 
-# θ times the mean time of a trip: the first is smooth, the last next to the exact equilibrium.
 _FILES = ("map.png", "links.csv")
+# θ times the mean time of a trip: the first is smooth, the last next to the exact equilibrium.
 _STAGES = (40.0, 160.0, 640.0, 2560.0)
 
 
-@dataclass(frozen=True)
-class TollSettings:
-    """What tolls to find.
+@dataclass(frozen=True, kw_only=True)
+class SearchSettings:
+    """How to search, whatever is decided.
 
     Attributes:
-        network: As in `network_of`.
         root: Folder with the data sets.
-        links: The links that can be tolled, ``all`` or such as ``3-4,5-7``.
         steps: The most outer steps in each stage.
         stages: Products of the dispersion θ and the mean time of a trip, increasing.
         tol: Of the outer problem, as in `dispersion_homotopy`.
     """
 
-    network: str = "braess"
     root: str | None = None
+    steps: int = 100
+    stages: tuple[float, ...] = _STAGES
+    tol: float = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class TollSettings(SearchSettings):
+    """What tolls to find. They are many, and their valleys flat: more steps, a lower tolerance.
+
+    Attributes:
+        network: As in `network_of`.
+        links: The links that can be tolled, ``all`` or such as ``3-4,5-7``.
+    """
+
+    network: str = "braess"
     links: str = "all"
     steps: int = 250
-    stages: tuple[float, ...] = _STAGES
-    # Tolls are many, and their valleys flat.
     tol: float = 1e-6
 
 
-@dataclass(frozen=True)
-class NetworkDesignSettings:
+@dataclass(frozen=True, kw_only=True)
+class NetworkDesignSettings(SearchSettings):
     """What capacity to add to Sioux Falls.
 
     Attributes:
         variant: A, B or C; see `sioux_falls_design`.
-        root: Folder with the data sets.
         start: Added capacity to start from, on each link.
         most: The most that can be added to a link.
-        steps: The most outer steps in each stage.
-        stages: Products of the dispersion θ and the mean time of a trip, increasing.
-        tol: Of the outer problem, as in `dispersion_homotopy`.
     """
 
     variant: str = "A"
-    root: str | None = None
     start: float = 0.0
     most: float = 25.0
-    steps: int = 100
-    stages: tuple[float, ...] = _STAGES
-    tol: float = 1e-5
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,7 @@ def design(
             f"`start` is {settings.start:g}; the capacity added to a link is from 0 to "
             f"{settings.most:g}"
         )
-    decision = sioux_falls_design(settings.variant, settings.root)  # type: ignore[arg-type]
+    decision = sioux_falls_design(settings.variant, settings.root)
     network = decision.network
     outer = torch.full((len(decision),), settings.start, dtype=torch.float64)
 
@@ -204,7 +206,7 @@ def design(
 
 
 def _run(
-    settings: TollSettings | NetworkDesignSettings,
+    settings: SearchSettings,
     out: Path,
     watcher: Watcher,
     *,
@@ -232,8 +234,8 @@ def _run(
         folder.write_json("config.json", {**asdict(settings), "commit": commit()})
         thetas = [stage / mean for stage in settings.stages]
         choices = {
-            "network": f"{network.nodes} nodes, {network.links} links, {len(network.pairs)} pairs",
-            "decided": f"{len(decision)} links",
+            "network": f"nodes {network.nodes}, links {network.links}, pairs {len(network.pairs)}",
+            "decided": f"links {len(decision)}",
             "stages": f"{len(thetas)}, dispersion {thetas[0]:.3g} to {thetas[-1]:.3g}",
         }
         watcher.start(title, choices, str(out))

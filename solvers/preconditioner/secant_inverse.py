@@ -70,11 +70,12 @@ class SecantInverse:
         count = len(self._valid[0])
         self._used = min(self._used + 1, count)
         self._next = (self._next + keep) % count
-        self._sy = _shifted(choose, self._sy, self._products(self._s, y), dot(s, y))
-        self._yy = _shifted(choose, self._yy, self._products(self._y, y), dot(y, y))
+        sy, yy = dot(s, y), dot(y, y)
+        self._sy = _shifted(choose, self._sy, self._products(self._s, y), sy)
+        self._yy = _shifted(choose, self._yy, self._products(self._y, y), yy)
         last = torch.ones_like(self._valid[:, :1])
         self._valid = choose(torch.cat([self._valid[:, 1:], last], 1), self._valid)
-        self._gamma = choose(dot(s, y) / dot(y, y), self._gamma)
+        self._gamma = choose(sy / yy, self._gamma)
 
     def forget(self, tasks: Tensor) -> None:
         """Drop all pairs of those tasks; the scale of B stays."""

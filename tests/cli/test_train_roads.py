@@ -70,3 +70,45 @@ def test_network_design_asks_for_its_files(invoke):
     assert "BILEVEL_DATA" in done.output
     done = invoke("train", "network-design", "--variant", "Q")
     assert "`variant` is 'Q'" in done.output
+
+
+NET = """<NUMBER OF ZONES> 2
+<NUMBER OF NODES> 3
+<FIRST THRU NODE> 1
+<NUMBER OF LINKS> 3
+<END OF METADATA>
+~ init term capacity length fft b power speed toll type ;
+1 2 1.0 1.0 1.0 1.0 1.0 0 0 1 ;
+1 3 1.0 1.0 1.0 0.0 1.0 0 0 1 ;
+3 2 1.0 1.0 1.0 0.0 1.0 0 0 1 ;
+"""
+TRIPS = """<NUMBER OF ZONES> 2
+<TOTAL OD FLOW> 2.0
+<END OF METADATA>
+Origin 1
+2 : 2.0;
+"""
+
+
+@pytest.mark.parametrize("given", ["folder", "file"])
+def test_a_network_is_read_from_a_path(invoke, tmp_path, given):
+    # Pigou's example: one road of time 1 + v, one of time 2. Half of the first at best.
+    (tmp_path / "pigou").mkdir()
+    (tmp_path / "pigou" / "Pigou_net.tntp").write_text(NET)
+    (tmp_path / "pigou" / "Pigou_trips.tntp").write_text(TRIPS)
+    path = "pigou" if given == "folder" else "pigou/Pigou_net.tntp"
+    done = invoke("train", "tolls", "--network", path, "--out", "run", "--quiet")
+    assert done.exit_code == 0, done.output
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["before"] == pytest.approx(4.0)
+    assert result["optimum"] == pytest.approx(3.75)
+    assert result["after"] == pytest.approx(3.75, rel=1e-4)
+
+
+def test_a_malformed_file_is_told_with_its_line(invoke, tmp_path):
+    (tmp_path / "Bad_net.tntp").write_text(NET.replace("3 2 1.0", "3 2 -1.0"))
+    (tmp_path / "Bad_trips.tntp").write_text(TRIPS)
+    done = invoke("train", "tolls", "--network", "Bad_net.tntp", "--out", "run")
+    assert done.exit_code in (1, 2)
+    assert "Bad_net.tntp' line 9" in done.output
+    assert "Traceback" not in done.output
