@@ -19,7 +19,7 @@ INSTALLED := $(CURDIR)/build/installed/bin/python
 
 SOURCES := bilevel experiments problems solvers $(shell find bilevel experiments problems solvers -type d -o -name '*.py')
 
-.PHONY: help train test lint format types wheel wheel-test docs ci clean
+.PHONY: help train test lint format types wheel wheel-test docs tutorials ci clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 14
@@ -79,6 +79,9 @@ docs: build/installed/.ready  ## Build the site, strictly, from the installed wh
 	cd $(OUTSIDE) && NO_MKDOCS_2_WARNING=1 $(INSTALLED) -m mkdocs build --strict --quiet \
 	    --config-file $(CURDIR)/mkdocs.yml --site-dir $(CURDIR)/site
 	$(BIN)/python .ci/check_site.py site
+
+tutorials: .venv/.dev  ## Run the scripts of the documentation and record what they print and draw
+	$(BIN)/python docs/hooks/record.py
 
 ci:  ## Everything that must hold before a change lands
 	.ci/run

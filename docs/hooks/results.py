@@ -1,8 +1,4 @@
-"""What happens to pages when the site is built.
-
-Equations become MathML, so that no page needs a script for them; the results page is filled from
-the files that the benchmarks wrote, so that no figure is typed by hand.
-"""
+"""Fills pages with what the benchmarks found, so that no figure is typed by hand."""
 
 import html
 import json
@@ -11,20 +7,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from latex2mathml.converter import convert
-
 from bilevel.experiments import REPRODUCTIONS
-
-EQUATION = re.compile(
-    r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<latex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL
-)
 
 DIRECTIVE = re.compile(
     r"\{\{ (?P<kind>value|source|picture|table|checks) (?P<name>[\w-]+)(?P<rest>[^}]*) \}\}"
 )
 
 _LONG = 30
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
@@ -134,20 +124,3 @@ def _section(result: dict[str, Any]) -> str:
         picture = f"{result['name']}.png"
         lines.append(f'\n<img src="{picture}" alt="{result["name"]}: the table above, drawn">\n')
     return "\n".join(lines) + "\n"
-
-
-def on_page_content(content: str, **_: Any) -> str:
-    """Replace the equations of a page.
-
-    Raises:
-        ValueError: An equation has a command that is not understood.
-    """
-
-    def mathml(match: re.Match[str]) -> str:
-        latex = html.unescape(match["latex"]).replace(r"\arg\min", r"\argmin")
-        result = convert(latex, display="block" if match["tag"] == "div" else "inline")
-        if re.search(r"\\[a-zA-Z]", result):
-            raise ValueError(f"latex2mathml does not know a command in the equation {latex!r}")
-        return result
-
-    return EQUATION.sub(mathml, content)
