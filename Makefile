@@ -19,7 +19,7 @@ INSTALLED := $(CURDIR)/build/installed/bin/python
 
 SOURCES := bilevel experiments problems solvers $(shell find bilevel experiments problems solvers -type d -o -name '*.py')
 
-.PHONY: help train test lint format types wheel wheel-test docs tutorials ci clean
+.PHONY: help train test lint format types wheel wheel-test docs site-test tutorials ci clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 14
@@ -67,18 +67,24 @@ build/installed/.ready: dist/.checked
 	    assert all(m.__file__.startswith(sys.prefix) for m in (p, s)), (p, s)"
 	touch $@
 
-# Scripts of benchmarks/ are not in the wheel: their tests ran in the root.
-# The core's own tests were run on the same files; here it is asked whether the wheel holds them all,
-# which tests/ground finds out by importing every module, and the others by using them.
-wheel-test: build/installed/.ready  ## Run the tests against the wheel, from outside the root
+# All tests were run on the same files; here it is asked whether the wheel holds them all, which
+# tests/ground finds out by importing every module, and the others by using all that is registered.
+wheel-test: build/installed/.ready  ## Use the wheel from outside the root
 	cd $(OUTSIDE) && $(INSTALLED) -m pytest -c $(CURDIR)/pyproject.toml -o cache_dir=cache \
-	    $(PYTEST_ARGS) --ignore $(CURDIR)/tests/benchmarks --ignore $(CURDIR)/tests/bilevel \
-	    $(CURDIR)/tests
+	    $(PYTEST_ARGS) $(CURDIR)/tests/ground $(CURDIR)/tests/cli $(CURDIR)/tests/test_contract.py
 
 docs: build/installed/.ready  ## Build the site, strictly, from the installed wheel
 	cd $(OUTSIDE) && NO_MKDOCS_2_WARNING=1 $(INSTALLED) -m mkdocs build --strict --quiet \
 	    --config-file $(CURDIR)/mkdocs.yml --site-dir $(CURDIR)/site
 	$(BIN)/python .ci/check_site.py site
+
+# The rules of accessibility that `site-test` asks.
+AXE := build/axe/node_modules/axe-core/axe.min.js
+$(AXE):
+	npm install --silent --no-audit --no-fund --prefix build/axe axe-core@4.14.1
+
+site-test: docs $(AXE)  ## Look at every page of the site; needs Chromium and npm
+	BILEVEL_SITE=$(CURDIR)/site BILEVEL_AXE=$(CURDIR)/$(AXE) $(BIN)/pytest $(PYTEST_ARGS) tests/site
 
 tutorials: .venv/.dev  ## Run the scripts of the documentation and record what they print and draw
 	$(BIN)/python docs/hooks/record.py

@@ -12,7 +12,7 @@ __all__ = ["arguments"]
 
 def arguments(
     doc: str | None,
-    full: str,
+    full: str | None,
     *,
     rounds: int | None = None,
     device: bool = False,
@@ -22,13 +22,14 @@ def arguments(
 
     Args:
         doc: The script's docstring, whose first line is its help.
-        full: What ``--full`` measures.
+        full: What ``--full`` measures; None: there is no ``--full``.
         rounds: Default of ``--rounds``; None: nothing is repeated.
         device: Whether there is ``--device``.
         root: Whether there is ``--root``, the folder of data sets.
     """
     parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
-    parser.add_argument("--full", action="store_true", help=full)
+    if full is not None:
+        parser.add_argument("--full", action="store_true", help=full)
     if rounds is not None:
         parser.add_argument("--rounds", type=int, default=rounds)
     if device:

@@ -250,12 +250,12 @@ def plot(samples: dict[str, Sample], corrections: dict[str, dict[str, Tensor]], 
     figure, (left, middle, right) = plt.subplots(
         1, 3, figsize=(12.5, 4.0), layout="constrained", width_ratios=[1, 1, 1]
     )
-    colours = dict(zip(FAMILIES, ("#3b5bdb", "#e8590c", "#2b8a3e", "#862e9c"), strict=True))
-    for family, colour in colours.items():
+    colors = dict(zip(FAMILIES, ("#3b5bdb", "#e8590c", "#2b8a3e", "#862e9c"), strict=True))
+    for family, color in colors.items():
         one = samples[family]
         good = ~one.flagged
         left.scatter(
-            one.true[good], one.estimate[good], s=5, alpha=0.5, color=colour, lw=0, label=family
+            one.true[good], one.estimate[good], s=5, alpha=0.5, color=color, lw=0, label=family
         )
     low, high = 1e-7, 2.0
     left.plot([low, high], [low, high], color="black", lw=0.8)
@@ -281,10 +281,10 @@ def plot(samples: dict[str, Sample], corrections: dict[str, dict[str, Tensor]], 
     ratio = everything.ratio[~everything.flagged].clamp(0.3, 3.0)
     bins = torch.logspace(-0.5, 0.5, 61).tolist()
     middle.hist(
-        [samples[f].ratio[~samples[f].flagged].clamp(0.32, 3.1) for f in colours],
+        [samples[f].ratio[~samples[f].flagged].clamp(0.32, 3.1) for f in colors],
         bins=bins,
         stacked=True,
-        color=list(colours.values()),
+        color=list(colors.values()),
     )
     middle.axvspan(1 / 1.5, 1.5, color="black", alpha=0.08, lw=0)
     middle.set(
@@ -296,15 +296,15 @@ def plot(samples: dict[str, Sample], corrections: dict[str, dict[str, Tensor]], 
     )
     middle.set_xticks([0.5, 2 / 3, 1, 1.5, 2], ["0.5", "0.67", "1", "1.5", "2"])
     middle.minorticks_off()
-    for family, colour in colours.items():
+    for family, color in colors.items():
         table = corrections[family]
-        right.plot(table["inner_error"], table["plain"].median(1).values, "--", color=colour)
+        right.plot(table["inner_error"], table["plain"].median(1).values, "--", color=color)
         right.plot(
             table["inner_error"],
             table["corrected"].median(1).values,
             "-o",
             ms=3,
-            color=colour,
+            color=color,
             label=family,
         )
     right.plot([], [], "--", color="gray", label="plain")

@@ -1,11 +1,11 @@
-"""Time of one iMAML meta-gradient, beside its bare kernels and a loop by hand.
+"""Time of one iMAML hypergradient, beside its bare kernels and a loop by hand.
 
     python benchmarks/meta_gradient.py [--full] [--device cpu] [--threads 1] [--out ...]
 
 5-way 1-shot with 15 query images, 64 channels, 16 steps of gradient descent and 5 of conjugate
 gradients, on the strided and the pooling network and for 1, 8 and 32 tasks; without ``--full`` the
 strided network and up to 8 tasks. Every variant is checked in float64 for computing the same
-meta-gradient before it is timed in float32, where ReLU amplifies what rounding differs. *Bare
+hypergradient before it is timed in float32, where ReLU amplifies what rounding differs. *Bare
 kernels* are the gradients, the kept graph, the products with the Hessian and the outer gradient,
 each timed alone in the same run and added up: no way to run these kernels can be faster. TorchOpt
 runs beside them where it is installed. Writes a table and JSON.
@@ -41,7 +41,7 @@ Params = dict[str, Tensor]
 
 
 class Setting:
-    """A network and a stack of tasks, with every way to the meta-gradient of their mean loss."""
+    """A network and a stack of tasks, with every way to the hypergradient of their mean loss."""
 
     def __init__(
         self, network: str, tasks: int, device: torch.device, dtype: torch.dtype = torch.float32
@@ -56,7 +56,7 @@ class Setting:
         self.tasks = self.batch.unstack()
 
     def variants(self) -> dict[str, Callable[[], Params]]:
-        """All that compute the meta-gradient."""
+        """All that compute the hypergradient."""
         ours = {f"bilevel-{one}": self.ours(one) for one in get_args(Engine)}
         peers = {"torchopt": self.by_torchopt()} if installed("torchopt") else {}
         return {"hand": self.by_hand, **ours, **peers}

@@ -52,7 +52,7 @@ STEPS = tuple(10.0**-k for k in range(10))
 
 
 def few_shot(make: Callable[..., nn.Module], tasks: int, *, exact: bool = False) -> Stated:
-    """The network of iMAML, as in the benchmark of the meta-gradient."""
+    """The network of iMAML, as in the benchmark of the hypergradient."""
     module = make(WAYS, CHANNELS, init=INIT, seed=0)
     params, net = stateless(exact_norms(module) if exact else module)
     sampler = EpisodeSampler(glyphs(classes=40, seed=0), WAYS, 1, QUERIES, tasks=tasks)

@@ -2,7 +2,7 @@
 
     python benchmarks/scaling.py [--full] [--threads 1] [--out benchmarks/results]
 
-*Tasks* and *parameters*: seconds of one iMAML meta-gradient (5-way 1-shot, 8 steps of gradient
+*Tasks* and *parameters*: seconds of one iMAML hypergradient (5-way 1-shot, 8 steps of gradient
 descent, 5 of conjugate gradients) over two decades. *Condition*: conjugate gradient steps to a
 relative residual of 1e-6 on quadratic problems with 1,000 evenly spread logarithmic eigenvalues.
 *Chunk*: seconds and peak memory of 32 tasks on the paper's 64 channels, so many at a time. The
@@ -37,7 +37,7 @@ EVERY = 32
 def meta_gradient(
     tasks: int, channels: int, task_chunk: int | None = None, engine: Engine = "batched"
 ) -> tuple[Run, int]:
-    """One meta-gradient, and the number of parameters."""
+    """One hypergradient, and the number of parameters."""
     params, net = stateless(conv_strided(5, channels, init="imaml", seed=0))
     problem = FewShot(net, strength=20.0)
     batch = EpisodeSampler(glyphs(classes=40, seed=0), ways=5, shots=1, queries=5, tasks=tasks)(0)

@@ -219,8 +219,9 @@ def _check_dependence(
     implicit = isinstance(method, ImplicitMethod)
     constant = implicit and not any(part.estimate.inner_depends for part in parts)
     cure = (
-        "add a regularizer, Proximal(strength), whose center is `outer`, or use Unrolled or "
-        "FirstOrder, which differentiate through `initial_inner`"
+        "use `outer` itself in `inner_objective`, not its `.item()` or `.detach()`; or add a "
+        "regularizer, Proximal(strength), whose center is `outer`; or take Unrolled or FirstOrder, "
+        "which differentiate through `initial_inner`"
         if implicit
         else "use `outer` in an objective; implicit methods and Unrolled see a use in "
         "`inner_objective` too, so take ImplicitCG where that is the only one"

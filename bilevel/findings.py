@@ -341,7 +341,8 @@ def _unsolved(facts: Facts) -> Iterator[Finding]:
     missed = _flags(facts, lambda s: s is Status.MAX_STEPS)
     off = torch.zeros_like(missed) if part is None else ~(part <= facts.rtol)
     usable = _flags(facts, lambda s: s.usable)
-    off = off & usable & ~(facts.curvature[:, 0] < -facts.zero)
+    # Where the Hessian is singular or indefinite, a Newton step says nothing.
+    off = off & usable & ~(facts.curvature[:, 0] <= facts.zero)
     if not bool((missed | off).any()):
         return
     tasks = missed | off

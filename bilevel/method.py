@@ -213,9 +213,10 @@ class ImplicitMethod(HypergradientMethod):
         if not flat.problem.structure.satisfies(needed):
             raise StructureError(
                 f"{brief(self)} needs an inner Jacobian that is {needed.name}, but "
-                f"{type(flat.problem).__name__} promises {flat.problem.structure.name}; use "
+                f"the problem promises {flat.problem.structure.name}; use Implicit(GMRES()), "
                 "DenseExact(), or NeumannSeries where I − scale · Jacobian contracts; or declare "
-                f"`structure = Structure.{needed.name}` if that is true"
+                f"`structure = Structure.{needed.name}`, an argument of `problem_from`, if that is "
+                "true"
             )
 
     @abstractmethod

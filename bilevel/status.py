@@ -60,7 +60,8 @@ _CURE = {
     Status.MAX_STEPS: "raise `max_steps`, loosen the tolerance, or add damping",
     Status.INDEFINITE: "raise the proximal strength, add damping, or solve further",
     Status.DIVERGED: "lower the learning rate or the Neumann scale below 2/L",
-    Status.NON_FINITE: "look for log(0), 0/0 or overflow in an objective; lower the learning rate",
+    Status.NON_FINITE: "look for log(0), 0/0 or overflow in an objective, an exactly singular "
+    "Hessian, or a square root at 0 in an unrolled optimizer; lower the learning rate",
 }
 
 

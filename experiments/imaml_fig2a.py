@@ -1,4 +1,4 @@
-r"""Figure 2a of the paper: how exact the meta-gradient is, against the number of inner steps.
+r"""Figure 2a of the paper: how exact the hypergradient is, against the number of inner steps.
 
 The paper's problem is not published in full. This reconstruction meets its digitised curves within
 10 %: one task whose support and query losses are the same quadratic,
@@ -67,7 +67,7 @@ def meta_gradient_error(
     Args:
         A: Hessian of both losses, ``[n, n]``, float64.
         c: Minimiser of both losses, ``[n]``.
-        method: How the meta-gradient is computed.
+        method: How the hypergradient is computed.
         strength: λ.
         lr: Rate of gradient descent.
         steps: Inner steps.
@@ -103,10 +103,10 @@ def random_quadratic(seed: int) -> tuple[Tensor, Tensor]:
 
 
 class ImamlFig2a(Reproduction):
-    """Error of the meta-gradient against inner steps; a few seconds, `quick` or not."""
+    """Error of the hypergradient against inner steps; a few seconds, `quick` or not."""
 
     name = "imaml-fig2a"
-    title = "iMAML, figure 2a: the error of the meta-gradient"
+    title = "iMAML, figure 2a: the error of the hypergradient"
     source = (
         "Rajeswaran et al. (2019), figure 2a, digitised; the problem is a reconstruction, because "
         "the paper does not state its own"
@@ -229,7 +229,7 @@ def _draw(curves: dict[str, dict[int, float]]) -> Figure:
     from .pictures import COLORS, axes_of, new_figure
 
     figure = new_figure(7.2, 4.8)
-    axes = axes_of(figure, "inner gradient steps", "relative error of the meta-gradient")
+    axes = axes_of(figure, "inner gradient steps", "relative error of the hypergradient")
     for color, (name, curve) in zip(COLORS, curves.items(), strict=False):
         style = "--" if name.endswith("10") else "-"
         axes.plot(list(curve), list(curve.values()), style, color=color, linewidth=2, label=name)

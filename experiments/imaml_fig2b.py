@@ -1,4 +1,4 @@
-r"""Figure 2b of the paper: memory and time of one meta-gradient, against the number of inner steps.
+r"""Figure 2b of the paper: memory and time of one hypergradient, against the number of inner steps.
 
 The paper's set-up: 20-way 5-shot Omniglot, the network of four convolutional blocks. Neither memory
 nor time depends on what the images show, so that they are drawn here. The paper gives memory as a
@@ -89,7 +89,7 @@ class ImamlFig2b(Reproduction):
     """Memory and time against inner steps; `quick` takes a smaller network and fewer images."""
 
     name = "imaml-fig2b"
-    title = "iMAML, figure 2b: memory and time of a meta-gradient"
+    title = "iMAML, figure 2b: memory and time of a hypergradient"
     source = "Rajeswaran et al. (2019), figure 2b, digitised; one task of glyphs, λ = 40, rate 0.01"
     takes = ("device",)
 
@@ -258,7 +258,7 @@ def _draw(measured: _Measured) -> Figure:
         low = [min(measured.seconds[name][k]) for k in STEPS]
         high = [max(measured.seconds[name][k]) for k in STEPS]
         right.fill_between(STEPS, low, high, color=color, alpha=0.15, linewidth=0)
-    for axes, label in ((left, "peak memory (MiB)"), (right, "seconds for a meta-gradient")):
+    for axes, label in ((left, "peak memory (MiB)"), (right, "seconds for a hypergradient")):
         axes.set_xlabel("inner gradient steps", color=INK)
         axes.set_ylabel(label, color=INK)
         axes.set_ylim(bottom=0)

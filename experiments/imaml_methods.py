@@ -1,4 +1,4 @@
-r"""Does the implicit gradient help here? Learners that differ in the meta-gradient alone.
+r"""Does the implicit gradient help here? Learners that differ in the hypergradient alone.
 
 The theorem of iMAML asks for $H + \lambda I$ to be positive definite at the inner solution. On the
 paper's network (ReLU, batch norm on the statistics of the batch) it often is not. Here the

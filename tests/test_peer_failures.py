@@ -413,7 +413,7 @@ def independent(direct):
 
 @pytest.mark.parametrize("method", IMPLICIT, ids=name)
 def test_an_inner_solution_that_does_not_depend_on_outer_is_refused(method):
-    # MAML-like code without the proximal term: the argmin forgets where it started.
+    # MAML-like code without a proximal regularizer: the argmin forgets where it started.
     with pytest.raises(DependenceError, match=r"(?s)depends on `outer`.*Proximal"):
         hypergradient(
             independent(direct=False),

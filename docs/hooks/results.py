@@ -10,20 +10,25 @@ from typing import Any
 from bilevel.experiments import REPRODUCTIONS
 
 DIRECTIVE = re.compile(
-    r"\{\{ (?P<kind>value|source|picture|table|checks) (?P<name>[\w-]+)(?P<rest>[^}]*) \}\}"
+    r"\{\{ (?P<kind>value|source|picture|table|checks|results?) (?P<name>[\w-]+)"
+    r"(?P<rest>[^}]*) \}\}"
 )
 
-_LONG = 30
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+
+_LONG = 30
+_TOO_LONG = 200
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Fill in what the benchmarks found: values and pictures, and all tables of the results page.
+    """Fill in what the benchmarks found.
 
     ``{{ value NAME METRIC [KEY=TEXT ...] [as FORMAT] }}`` becomes one number of a results file,
     ``{{ source NAME }}`` its command, commit and machine, ``{{ picture NAME TEXT }}`` its picture
     with that text as description. Of a reproduction, ``{{ table NAME }}`` is its table beside the
     published numbers, and ``{{ checks NAME }}`` the claims that were checked.
+    ``{{ result NAME TITLE }}`` is a section with all numbers of a file, ``{{ results all }}`` a
+    table of all files.
 
     What `bilevel reproduce` has not yet written says "not measured".
 
@@ -31,25 +36,37 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         ValueError: A directive names no number, or several.
         FileNotFoundError: There is no such result, and no command that writes it.
     """
-    markdown = DIRECTIVE.sub(lambda match: _filled(match, page), markdown)
-    if page.file.src_uri != "results.md":
-        return markdown
-    files = sorted(RESULTS.glob("*.json"))
-    if not files:
-        return markdown + "\nNo result has been recorded yet.\n"
-    return markdown + "".join(_section(json.loads(path.read_text())) for path in files)
+    return DIRECTIVE.sub(lambda match: _filled(match, page), markdown)
+
+
+def on_page_content(content: str, page: Any, **_: Any) -> str:
+    """Keep tables of results out of the search."""
+    if not page.file.src_uri.startswith("results/"):
+        return content
+    return content.replace("<table>", "<table data-search-exclude>")
 
 
 def on_post_build(config: Any, **_: Any) -> None:
-    """Copy the pictures of the results page."""
-    for picture in RESULTS.glob("*.png"):
-        target = Path(config["site_dir"]) / "results" / picture.name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(picture, target)
+    """Copy the pictures and the files.
+
+    Raises:
+        ValueError: A results file stands on no page, or on two.
+    """
+    target = Path(config["site_dir"]) / "results"
+    for path in sorted(RESULTS.iterdir()):
+        if path.suffix in (".png", ".json"):
+            shutil.copyfile(path, target / path.name)
+    pages = "".join(p.read_text("utf-8") for p in (Path(config["docs_dir"]) / "results").glob("*"))
+    for path in RESULTS.glob("*.json"):
+        shown = pages.count(f"{{{{ result {path.stem} ")
+        if shown != 1:
+            raise ValueError(f"{path.name} stands {shown} times on the pages of docs/results")
 
 
 def _filled(match: re.Match[str], page: Any) -> str:
     kind, name, rest = match["kind"], match["name"], match["rest"].strip()
+    if kind == "results":
+        return _overview()
     path = RESULTS / f"{name}.json"
     if name in REPRODUCTIONS and not path.exists():
         return "not measured" if kind in ("value", "table") else ""
@@ -61,6 +78,8 @@ def _filled(match: re.Match[str], page: Any) -> str:
     result = json.loads(path.read_text())
     if kind == "source":
         return _source(result)
+    if kind == "result":
+        return _section(result, rest, page)
     if kind == "table":
         return _table(result["table"])
     if kind == "checks":
@@ -101,26 +120,46 @@ def _check(check: dict[str, Any]) -> str:
     return f"- {mark}: {check['claim']} ({check['found']})"
 
 
-def _section(result: dict[str, Any]) -> str:
-    settings = list(dict.fromkeys(key for row in result["rows"] for key in row["setting"]))
-    lines = [f"\n## {result['name']}\n", _source(result) + "\n"]
-    table = [
-        "| " + " | ".join([*settings, "metric", "value", "reference"]) + " |",
-        "|" + "---|" * (len(settings) + 3),
-    ]
-    for row in result["rows"]:
+def _overview() -> str:
+    lines = ["| File | Numbers | Measured on | Commit | Command |", "|---|---:|---|---|---|"]
+    for path in sorted(RESULTS.glob("*.json")):
+        one = json.loads(path.read_text())
+        link = f'<a href="{path.name}">{path.stem}</a>'
+        facts = [f"{len(one['rows']):,}", one["date"], one["commit"], f"`{one['command']}`"]
+        lines.append("| " + " | ".join([link, *facts]) + " |")
+    return "\n".join(lines)
+
+
+def _section(result: dict[str, Any], title: str, page: Any) -> str:
+    name, rows = result["name"], result["rows"]
+    up = "../" * page.url.count("/")
+    data = f'All {len(rows):,} numbers: <a href="{up}results/{name}.json">{name}.json</a>.'
+    lines = [f"## {title}\n", _source(result) + "\n", data + "\n"]
+    picture = RESULTS / f"{name}.png"
+    if picture.exists():
+        alt = html.escape(f"{title}: the numbers of {name}.json, drawn")
+        lines.append(f'<img src="{up}results/{name}.png" alt="{alt}">\n')
+    if len(rows) <= _TOO_LONG:
+        lines.append(_numbers(rows))
+    return "\n".join(lines)
+
+
+def _numbers(rows: list[dict[str, Any]]) -> str:
+    settings = list(dict.fromkeys(key for row in rows for key in row["setting"]))
+    head = [*settings, "metric", "value", "reference"]
+    table = [head, ["---"] * len(settings) + ["---", "---:", "---"]]
+    for row in rows:
         cells = [str(row["setting"].get(key, "")) for key in settings]
         value = f"{row['value']:,.4g}" if isinstance(row["value"], float) else f"{row['value']:,}"
         if "ci95" in row:
             value += f" ± {row['ci95']:.2g}"
         reference = row.get("reference", {})
         known = f"{reference['value']} ({reference['source']})" if reference else ""
-        table.append("| " + " | ".join([*cells, row["metric"], value, known]) + " |")
-    if len(table) > _LONG:
+        table.append([*cells, row["metric"], value, known])
+    if not any(line[-1] for line in table[2:]):
+        table = [line[:-1] for line in table]
+    lines = ["| " + " | ".join(line) + " |" for line in table]
+    if len(lines) > _LONG:
         # Folded away: the picture says more.
-        table = ['??? note "All numbers"', "", *(f"    {line}" for line in table), ""]
-    lines += table
-    if (RESULTS / f"{result['name']}.png").exists():
-        picture = f"{result['name']}.png"
-        lines.append(f'\n<img src="{picture}" alt="{result["name"]}: the table above, drawn">\n')
-    return "\n".join(lines) + "\n"
+        lines = ['??? note "The numbers"', "", *(f"    {line}" for line in lines), ""]
+    return "\n".join(lines)

@@ -9,8 +9,8 @@ _RUN = """
 
 ---
 
-*This page is a script: [download it]({name}). The tests run it, and compare what it prints with what
-stands here.{data}*
+*This page is a script: [download it]({name}). The tests run it, and compare what it prints with
+what stands here.{data}*
 """
 _DATA = " It reads real data from the folder that `BILEVEL_DATA` names."
 

@@ -113,7 +113,7 @@ LEARNERS: dict[str, Learner] = {
     "imaml-estimated": Learner(
         "iMAML, error estimated",
         {"method_options": {"error_estimate": 0.1}},
-        "The same training, in which every meta-gradient estimates its error.",
+        "The same training, in which every hypergradient estimates its error.",
     ),
     "imaml-scheduled": Learner(
         "iMAML, λ from 5 to 0.2",

@@ -1,11 +1,11 @@
-r"""A look at a few tasks during training: curvature, residuals, and how exact the meta-gradient is.
+r"""A look at a few tasks during training: curvature, residuals, and how exact the hypergradient is.
 
 At the point φ where training's inner solver ends: the stationarity residual, alone and over
 $\lambda\|\phi - \theta\|$, the smallest eigenvalue of $H + \lambda I$ (by Lanczos), the estimated
-error of the meta-gradient, and its cosine with the first-order one.
+error of the hypergradient, and its cosine with the first-order one.
 
 Then the inner problem is solved on in float64. Where its residual falls to 1e-6 the exact
-meta-gradient is known there, and is compared with central differences of the solved problem along 8
+hypergradient is known there, and is compared with central differences of the solved problem along 8
 random directions: agreement shows that the implicit function theorem holds at that point.
 """
 

@@ -1,4 +1,4 @@
-"""Mini-ImageNet: 100 classes of ImageNet with 600 pictures each, 84×84 in colour.
+"""Mini-ImageNet: 100 classes of ImageNet with 600 pictures each, 84×84 in color.
 
 Vinyals et al., "Matching networks for one shot learning", NeurIPS 2016; the split into 64, 16 and
 20 classes is that of Ravi and Larochelle, "Optimization as a model for few-shot learning", ICLR
@@ -185,14 +185,14 @@ def _pixels(where: str, content: bytes, size: int) -> NDArray[np.uint8]:
             # The header states the size: look before decoding.
             if image.width * image.height > _MAX_PIXELS:
                 _fail(where, f"has {image.width}×{image.height} pixels")
-            colours = image.convert("RGB")
-            if colours.size != (size, size):
-                colours = colours.resize((size, size), Image.Resampling.LANCZOS)
+            colors = image.convert("RGB")
+            if colors.size != (size, size):
+                colors = colors.resize((size, size), Image.Resampling.LANCZOS)
     except DataError:
         raise
     except (*_BROKEN, Image.DecompressionBombError) as error:
         raise DataError(f"'{where}' is no sound picture ({error}); {_CURE}") from error
-    return np.asarray(colours, dtype=np.uint8)
+    return np.asarray(colors, dtype=np.uint8)
 
 
 def _fail(where: str | Path, finding: str) -> NoReturn:

@@ -1,4 +1,4 @@
-"""The benchmark of the meta-gradient, at a size that takes a second."""
+"""The benchmark of the hypergradient, at a size that takes a second."""
 
 import pytest
 import torch

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -20,6 +21,15 @@ def test_there_are_tutorials():
     assert len(SCRIPTS) >= 9
 
 
+@pytest.fixture
+def _as_it_was():
+    """A script may set what holds for the whole process."""
+    dtype = torch.get_default_dtype()
+    yield
+    torch.set_default_dtype(dtype)
+
+
+@pytest.mark.usefixtures("_as_it_was")
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_tutorial(path, tmp_path, monkeypatch):
     tutorial = script.Tutorial(path)

@@ -148,7 +148,7 @@ def test_derivative_in_the_strength_meets_finite_differences(kind):
 
 
 def test_derivative_in_a_scalar_strength_meets_the_formula_of_the_paper():
-    """dL/dλ = ∇L̂(φ)ᵀ g / λ², with g the meta-gradient."""
+    """dL/dλ = ∇L̂(φ)ᵀ g / λ², with g the hypergradient."""
     example = FewShot.example()
     problem = FewShot(example.problem.net, strength=3.0, learn_strength="scalar")
     outer = problem.initial_outer(example.outer)

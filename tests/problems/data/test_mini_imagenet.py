@@ -15,7 +15,7 @@ COUNT = 4
 
 
 def picture(label, number, shape=(84, 84), kind="PNG"):
-    """A picture whose colour tells class and number."""
+    """A picture whose color tells class and number."""
     image = pytest.importorskip("PIL.Image")
     pixels = np.zeros((*shape, 3), dtype=np.uint8)
     pixels[..., 0], pixels[..., 1], pixels[..., 2] = 10 * label, 20 * number, 200
