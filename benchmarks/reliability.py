@@ -28,7 +28,7 @@ HOW = {
     "warning": "warned of",
     "residual": "its reported residual says so",
     "estimate": "its error estimate says so",
-    "SILENT": "wrong in silence",
+    "SILENT": "silent",
 }
 
 

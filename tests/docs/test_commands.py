@@ -25,7 +25,7 @@ def commands():
         for language, lines in fences(page):
             if language.split(" ")[0] in ("console", "sh"):
                 for line in lines:
-                    text = line.strip().removeprefix("$ ").split("  #")[0].strip()
+                    text = re.split(r"\s#\s", line.strip().removeprefix("$ "))[0].strip()
                     if text.startswith(("bilevel ", "python benchmarks/", "make ")):
                         where = page.relative_to(ROOT).as_posix()
                         yield pytest.param(text, id=f"{where}: {text}")
