@@ -105,7 +105,9 @@ def test_exact_methods_match_dense_algebra_and_finite_differences(
         )
 
     if not fits(method, example.problem):
-        with pytest.raises(StructureError, match=r"use DenseExact\(\), or NeumannSeries"):
+        with pytest.raises(
+            StructureError, match=r"use Implicit\(GMRES\(\)\), DenseExact\(\), or NeumannSeries"
+        ):
             check()
         return
     report = check()

@@ -10,10 +10,10 @@
 #
 # - **Your idea is a way to solve $Hv = \partial_z f$.** Subclass `ImplicitMethod` and name the
 #   linear solver. That takes ten lines, most of them settings.
-# - **Your idea is something else.** Subclass `HypergradientMethod` and compute. This page writes the
-#   method of DARTS (Liu, Simonyan and Yang, 2019, [arXiv:1806.09055](https://arxiv.org/abs/1806.09055)),
-#   which takes no second derivative, and shows what to test a method against that is *meant* to be
-#   off.
+# - **Your idea is something else.** Subclass `HypergradientMethod` and compute. This page writes
+#   the method of DARTS (Liu, Simonyan and Yang, 2019,
+#   [arXiv:1806.09055](https://arxiv.org/abs/1806.09055)), which takes no second
+#   derivative, and shows what to test a method against that is *meant* to be off.
 #
 # ## A problem to try it on
 #
@@ -68,9 +68,9 @@ solution = solve_inner(problem, x, task, inner_solver=HessianFree(tol=1e-11)).in
 # \qquad\text{with}\qquad H v = \partial_z f ,
 # $$
 #
-# with $H$ the inner Hessian. An [`ImplicitMethod`][bilevel.ImplicitMethod] does all of it except the
-# solve. Here is one that uses conjugate gradients with a Nyström preconditioner, under settings of
-# its own:
+# with $H$ the inner Hessian. An [`ImplicitMethod`][bilevel.ImplicitMethod] does all of it except
+# the solve. Here is one that uses conjugate gradients with a Nyström preconditioner, under settings
+# of its own:
 
 # %%
 from dataclasses import dataclass
@@ -343,8 +343,8 @@ print("the same gradient to 1e-6:", gap(close.gradient, one_step.gradient) < 1e-
 # %% [markdown]
 # ## Second test: the truth
 #
-# Now the bias may show. [`check_hypergradient`][bilevel.check_hypergradient] knows the hypergradient
-# of the *solved* problem, and has a method measured against it.
+# Now the bias may show. [`check_hypergradient`][bilevel.check_hypergradient] knows the
+# hypergradient of the *solved* problem, and has a method measured against it.
 
 # %%
 solved = HessianFree(tol=1e-10)
@@ -356,9 +356,9 @@ print(f"contraction factor {rho:.2f}")
 print(f"off by {check.error:.2f}, cosine {check.leaves[0].cosine:.2f}, ok: {check.ok}")
 
 # %% [markdown]
-# The length is far off, the direction less so. The inner problem is solved to ten digits, so solving
-# it further would not help. The contraction factor says what would: a better conditioned inner
-# problem, here by a stronger penalty. Below, the strength goes from 0.01 to 30,
+# The length is far off, the direction less so. The inner problem is solved to ten digits, so
+# solving it further would not help. The contraction factor says what would: a better conditioned
+# inner problem, here by a stronger penalty. Below, the strength goes from 0.01 to 32,
 # and the rate is always $1/L$, so that $\rho = 1 - \mu/L$.
 
 # %%
@@ -367,7 +367,7 @@ from bilevel.solvers import DenseExact, NeumannSeries
 curves = {"DARTS": [], "one step": [], "5 terms": [], "25 terms": []}
 factors = []
 print("strength  factor  adjoint off by  gradient off by")
-for strength in torch.logspace(-2, 1.5, 12, dtype=torch.float64).tolist():
+for strength in torch.logspace(-2, 1.5, 10, dtype=torch.float64).tolist():
     harder = cleaning(strength)
     at = solve_inner(harder, x, task, inner_solver=HessianFree(tol=1e-12)).inner
 
@@ -390,7 +390,7 @@ for strength in torch.logspace(-2, 1.5, 12, dtype=torch.float64).tolist():
     for name, one in found.items():
         curves[name].append(gap(one, exact))
     assert gap(step * b, v) <= factors[-1]
-    if len(factors) % 3 == 1 or len(factors) == 12:
+    if len(factors) % 3 == 1:
         off = f"{gap(step * b, v):10.2f} {curves['DARTS'][-1]:16.2f}"
         print(f"{strength:7.2f} {factors[-1]:8.2f} {off}")
 
@@ -412,7 +412,7 @@ for strength in torch.logspace(-2, 1.5, 12, dtype=torch.float64).tolist():
 # %%
 import matplotlib.pyplot as plt
 
-reaches = torch.logspace(-7, 1, 33, dtype=torch.float64).tolist()
+reaches = torch.logspace(-7, 1, 17, dtype=torch.float64).tolist()
 valley = {}
 single = Task(
     inner_batch=tuple(one.float() for one in task.inner_batch),
@@ -447,28 +447,29 @@ for axes in (left, right):
     axes.tick_params(colors="#475569")
     axes.set_yscale("log")
     axes.minorticks_off()
-left.plot(factors, factors, "--", color=GREY, lw=1.4, label="ρ, the bound for the adjoint")
-left.plot(factors, curves["DARTS"], "o-", color=BLUE, ms=5, lw=1.6, label="DARTS")
-left.plot(
-    factors, curves["one step"], "o", color=ORANGE, ms=10, mfc="none", mew=1.5, label="one step"
-)
-left.plot(factors, curves["5 terms"], "s-", color=GREEN, ms=4.5, lw=1.4, label="5 terms")
-left.plot(factors, curves["25 terms"], "^-", color=PURPLE, ms=4.5, lw=1.4, label="25 terms")
-left.set_ylim(1e-9, 4)
+left.plot(factors, factors, "--", color=GREY, lw=1.4)
+left.plot(factors, curves["DARTS"], "o-", color=BLUE, ms=5, lw=1.6)
+left.plot(factors, curves["one step"], "o", color=ORANGE, ms=10, mfc="none", mew=1.5)
+left.plot(factors, curves["5 terms"], "s-", color=GREEN, ms=4.5, lw=1.4)
+left.plot(factors, curves["25 terms"], "^-", color=PURPLE, ms=4.5, lw=1.4)
+left.set_ylim(1e-9, 9)
 left.set_xlabel("contraction factor ρ of one inner step", color=INK)
 left.set_title("error of the hypergradient", color=INK, fontsize=10.5, loc="left")
-left.legend(frameon=False, fontsize=9, loc="lower right")
+left.text(0.02, 2.2, "ρ, the bound for the adjoint", color=GREY)
+left.text(0.13, 2.2e-3, "DARTS,\none step (rings)", color=BLUE)
+left.text(0.27, 4e-6, "Neumann,\n5 terms", color=GREEN)
+left.text(0.7, 1e-7, "Neumann,\n25 terms", color=PURPLE)
 right.axvline(0.01, color=GREY, lw=1.4, ls="--")
-right.text(0.013, 3e-12, "DARTS", color=GREY)
+right.text(0.014, 6e-10, "reach of\nDARTS", color=GREY)
 right.plot(reaches, valley[torch.float64], "o-", color=BLUE, ms=4, lw=1.5)
 right.plot(reaches, valley[torch.float32], "o-", color=ORANGE, ms=4, lw=1.5)
-right.text(2e-5, 4e-12, "float64", color=BLUE, ha="right")
-right.text(2e-5, 0.3, "float32", color=ORANGE)
+right.text(1.2e-4, 1.2e-10, "float64", color=BLUE)
+right.text(1e-5, 1e-2, "float32", color=ORANGE)
 right.set_xscale("log")
 right.minorticks_off()
 right.set_xlabel("reach of the differences", color=INK)
 right.set_title("distance from its own formula", color=INK, fontsize=10.5, loc="left")
-figure.savefig("own_method_error.png", dpi=110)
+figure.savefig("own_method_error.png", dpi=100)
 
 # %% [markdown]
 # ## Beside the others
@@ -524,10 +525,10 @@ for one in sorted(comparison.results, key=lambda one: (one.cost, one.name)):
 #
 # | | An exact method | A biased one |
 # |---|---|---|
-# | On every problem, one task and three, float64 and float32 | agrees with dense float64 algebra, which agrees with finite differences | meets its own formula, task by task |
+# | On every problem, one task and three | agrees with dense float64 algebra, which agrees with finite differences; in float64 and float32 | meets its own formula, task by task: a test that you write beside that of `FirstOrder` |
 # | Settings | a line in `exact_settings`: those under which it is exact, and an inner solver | its name in `BIASED`, and a default for every setting |
 # | Structure that it needs and a problem lacks | `StructureError` | the same |
-# | Condition number up to $10^4$, as far as it promises | the same tolerance | |
+# | Condition number up to $10^4$, as far as it promises | the same tolerance, in a row of its own | |
 # | A strength and a center that are learned | the same | |
 #
 # Here is its heart for `DARTS`, and you can run the like in your own project. The formula again
@@ -536,7 +537,7 @@ for one in sorted(comparison.results, key=lambda one: (one.cost, one.name)):
 # %%
 import warnings
 
-import bilevel.problems  # registers them
+import bilevel.problems  # noqa: F401  # registers them
 from bilevel import BilevelWarning, DependenceError
 from bilevel.pytree import tree_leaves
 from bilevel.registry import PROBLEMS
@@ -551,18 +552,35 @@ def meets_its_formula(example):
         hypergradient(*here, inner_solver=solver, inner=at, method=method, reduction="none")
         for solver, method in [(None, DARTS(reach=1e-4)), (step, Unrolled())]
     )
-    pairs = zip(tree_leaves(found.gradient), tree_leaves(wanted.gradient), strict=True)
-    return all(gap(a.double(), b.double()) < 1e-5 for a, b in pairs)
+    return gap(flattened(found.gradient), flattened(wanted.gradient)) < 1e-6
+
+
+def flattened(gradient):
+    """All leaves side by side, ``[tasks, …]``: the gradient of a single one may be zero."""
+    return torch.cat([leaf.flatten(1) for leaf in tree_leaves(gradient)], dim=1)
 
 
 for name in PROBLEMS:
-    verdicts = set()
-    for tasks in (None, 3):
-        example = PROBLEMS[name].example(tasks=tasks)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", BilevelWarning)
-                verdicts.add("meets its formula" if meets_its_formula(example) else "DOES NOT")
-        except (StructureError, DependenceError) as error:
-            verdicts.add(f"refused, {type(error).__name__}")
-    print(f"{name:17}", ", ".join(sorted(verdicts)))
+    if name in ("network-design", "road-tolls"):
+        continue  # they meet it, too, but take their time
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", BilevelWarning)
+            met = meets_its_formula(PROBLEMS[name].example(tasks=3))
+        verdict = "meets its formula" if met else "DOES NOT MEET IT"
+    except (StructureError, DependenceError) as error:
+        verdict = f"refused, {type(error).__name__}"
+    print(f"{name:17}{verdict}")
+
+# %% [markdown]
+# The two equilibria without an objective are refused, as `check` says. All others are met,
+# with regularizers, networks and normalisation in them, although the method was written with none
+# of them in mind.
+#
+# A method that passes goes into a file of its own in `solvers/hypergradient/`, with its equation
+# and its source at the top, and from then on stands in every comparison.
+#
+# - [Hypergradient methods](../concepts/hypergradients.md): the built-in ones, and when to use
+#   which.
+# - [Checking a hypergradient](../concepts/checking.md), of any method.
+# - [Write your own solver](own_solver.md): an inner or a linear one.

@@ -279,7 +279,7 @@ def search(problem):
 
 def report(name, total, revenue):
     share = 100 * (before.total_time - total) / (before.total_time - best.total_time)
-    print(f"{name:38}{total:12,.0f}{share:9.0f} %{revenue / trips:9.2f}")
+    print(f"{name:40}{total:12,.0f}{share:9.0f} %{revenue / trips:9.2f}")
 
 
 problem, other = gates(steepest), gates(fullest)
@@ -289,12 +289,12 @@ elsewhere = equilibrium_under(other.decision, search(other))
 some = first_best[list(problem.decision.links)]
 partial = equilibrium_under(problem.decision, some)
 
-print(f"{'':38}{'total time':>12}{'saved':>11}{'paid':>9}")
+print(f"{'':40}{'total time':>12}{'saved':>11}{'paid':>9}")
 report("no tolls", before.total_time, 0.0)
-report("first-best tolls, but on six roads only", partial.total_time, partial.revenue)
+report("first-best tolls, on these six only", partial.total_time, partial.revenue)
 report("six fullest roads", elsewhere.total_time, elsewhere.revenue)
 report("six steepest roads", after.total_time, after.revenue)
-report("first-best tolls on all 38 roads", best.total_time, best.revenue)
+report("first-best tolls, on all 38", best.total_time, best.revenue)
 
 # %% [markdown]
 # **The slope knew.** Six roads out of 38 get back two thirds of what is to be had, with tolls of

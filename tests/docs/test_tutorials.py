@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from bilevel.registry import INNER_SOLVERS, LINEAR_SOLVERS, METHODS, PRECONDITIONERS, PROBLEMS
+
 ROOT = Path(__file__).resolve().parents[2]
 
 spec = importlib.util.spec_from_file_location("script", ROOT / "docs" / "hooks" / "script.py")
@@ -22,8 +24,10 @@ def test_there_are_tutorials():
 
 
 @pytest.fixture
-def _as_it_was():
-    """A script may set what holds for the whole process."""
+def _as_it_was(monkeypatch):
+    """A script may set, or register, what holds for the whole process."""
+    for registry in (INNER_SOLVERS, LINEAR_SOLVERS, METHODS, PRECONDITIONERS, PROBLEMS):
+        monkeypatch.setattr(registry, "_classes", dict(registry._classes))
     dtype = torch.get_default_dtype()
     yield
     torch.set_default_dtype(dtype)
