@@ -240,14 +240,14 @@ def _note_rounding(flat: FlatProblem, z: Tensor) -> None:
     flat.notes["first_residual"] = norm(exact) + norm(rounded - exact)
 
 
-def check_rate(lr: float) -> None:
+def check_rate(lr: float | Tensor) -> None:
     """Raise ValueError unless ``lr`` is a learning rate, and no variable to be learned."""
     if isinstance(lr, Tensor) and lr.requires_grad:
         raise ValueError(
             "`lr` is a tensor that requires grad, whose gradient would be lost; pass a number, or "
             "write an inner solver whose step reads the rate from `flat.outer`"
         )
-    if not (lr > 0 and math.isfinite(lr)):
+    if not 0.0 < float(lr) < math.inf:
         raise ValueError(f"`lr` is {lr}; a learning rate is finite and > 0")
 
 

@@ -116,7 +116,7 @@ class Tutorial:
             if cell.is_text:
                 continue
             # Blank lines in front, so that a traceback names the line of the script.
-            code = compile("\n" * cell.line + cell.code, str(self.path), "exec")
+            code = compile("\n" * cell.line + cell.code, str(self.path), "exec", dont_inherit=True)
             with contextlib.redirect_stdout(io.StringIO()) as printed:
                 exec(code, names)
             yield printed.getvalue()
