@@ -505,7 +505,7 @@ for K in (1, 4, 16):
 #
 # the error is *linear* in the inner error. One Newton step $z_+ = z - H^{-1} \partial_z g$ squares
 # the inner error at the price of one more solve, and the error of $u(z_+)$ is quadratic in $e$.
-# (The unrolled derivative's is linear, too.) And for *values* the adjoint's prices do it for free:
+# (The unrolled derivative's is linear, too, but for the factor $t$.) And for *values* the adjoint's prices do it for free:
 # $\partial_z g(z)$ is the force that holds the ball at $z$, so
 #
 # $$F(x) = f(x, z) - v^\top \partial_z g(x, z) + O(e^2) .$$

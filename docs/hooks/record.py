@@ -1,8 +1,8 @@
 """Run tutorials, and keep what they print and draw: ``python docs/hooks/record.py [NAME ...]``."""
 
-import contextlib
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -19,20 +19,30 @@ def record(path: Path) -> None:
         FileNotFoundError: It wrote no picture under a name that its text shows.
     """
     tutorial = Tutorial(path)
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
         printed = list(tutorial.run())
         for picture in tutorial.pictures:
             shutil.copyfile(picture, path.parent / picture)
+        os.chdir(path.parent)
     tutorial.write_record(printed)
 
 
 def main(names: list[str]) -> int:
-    """Record the tutorials of these names, or all; return the exit status."""
+    """Record the tutorials of these names, or all, each in a process of its own.
+
+    Raises:
+        ValueError: There is no such tutorial.
+    """
+    known = [path.stem for path in scripts()]
+    if unknown := set(names) - set(known):
+        raise ValueError(f"there is no {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+    if len(names) != 1:
+        each = [[sys.executable, __file__, name] for name in names or known]
+        return max(subprocess.run(command, check=False).returncode for command in each)
     os.environ["MPLBACKEND"] = "agg"
     warnings.simplefilter("error")
-    for path in scripts():
-        if names and path.stem not in names:
-            continue
+    for path in (path for path in scripts() if path.stem == names[0]):
         start = time.perf_counter()
         record(path)
         print(f"{path.stem}: {time.perf_counter() - start:.1f} s")

@@ -1,7 +1,8 @@
 """Adds the source code to the site, and to every entry of the reference a link to its lines."""
 
+import contextlib
+import importlib
 import inspect
-import pydoc
 import re
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ PAGE = """<!doctype html>
 def on_post_build(config: Any, **_: Any) -> None:
     """Write a page for every module: plain, since it is only read from a link to its line."""
     site = Path(config["site_dir"])
-    formatter = HtmlFormatter(lineanchors="line", anchorlinenos=False, linenos=False)
+    formatter = HtmlFormatter(linespans="line")
     for folder in FOLDERS:
         for path in sorted((ROOT / folder).rglob("*.py")):
             name = path.relative_to(ROOT).as_posix()
@@ -67,12 +68,26 @@ def on_page_content(content: str, page: Any, **_: Any) -> str:
     return HEADING.sub(linked, content)
 
 
+def _located(name: str) -> Any:
+    """The thing of that name; a module goes before a function that hides it."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        with contextlib.suppress(ModuleNotFoundError):
+            thing: Any = importlib.import_module(".".join(parts[:count]))
+            for part in parts[count:]:
+                thing = inspect.getattr_static(thing, part, None)
+            return thing
+    return None
+
+
 def _place(name: str) -> tuple[str, int] | None:
     """The page of a thing's source, and its first line; None where it is no class or function."""
-    thing = pydoc.locate(name)
+    thing = _located(name)
+    if isinstance(thing, property):
+        thing = thing.fget
+    thing = inspect.unwrap(getattr(thing, "__func__", thing))
     if not (inspect.isclass(thing) or inspect.isfunction(thing)):
         return None
-    thing = inspect.unwrap(thing)
     _, *parts = thing.__module__.split(".")
     if not parts or parts[0] not in FOLDERS:
         parts = ["bilevel", *parts]

@@ -9,10 +9,10 @@ _RUN = """
 
 ---
 
-*This page is a script: [download it]({name}). The tests run it, and compare what it prints with
-what stands here.{data}*
+*This page is a script: [download it]({name}). The tests run it{where}, and compare what it prints
+with what stands here.*
 """
-_DATA = " It reads real data from the folder that `BILEVEL_DATA` names."
+_WHERE = " wherever the environment variable `BILEVEL_DATA` names the folder of its real data"
 
 
 def on_files(files: Files, config: Any, **_: Any) -> Files:
@@ -23,7 +23,7 @@ def on_files(files: Files, config: Any, **_: Any) -> Files:
     """
     for path in scripts():
         tutorial = Tutorial(path)
-        end = _RUN.format(name=path.name, data=_DATA if tutorial.needs_data else "")
+        end = _RUN.format(name=path.name, where=_WHERE if tutorial.needs_data else "")
         page = path.relative_to(DOCS).with_suffix(".md").as_posix()
         files.append(File.generated(config, page, content=tutorial.markdown() + end))
     return files
