@@ -15,8 +15,8 @@
 # [`doctor`][bilevel.doctor.doctor] for the rest. At the end stand the usual mistakes, with what the
 # library says to each.
 #
-# If the words *inner* and *outer* are new to you, begin with
-# [Your first bilevel problem](first_problem.md).
+# If the words *inner* and *outer* are new to you, begin with [Your first bilevel
+# problem](first_problem.md).
 #
 # ## From functions
 #
@@ -189,14 +189,16 @@ class SmoothedNetwork(BilevelProblem):
 # - **The weight decay is the [proximal regularizer](../concepts/regularizer.md)** with its center
 #   at zero; its strength is a number for each parameter tensor, here a function of `outer`. It is
 #   no part of `loss`. Where a regularizer gives a center, `initial_inner` may be left out, and the
-#   center is the start; but zero is a saddle of this network.
+#   center is the start; but at zero this network is stuck: the gradient of its weights vanishes
+#   there.
 # - **`metrics`** are reported, and not differentiated.
 # - **[`structure`](../concepts/problems.md#structure)** is your promise about the inner Hessian. If
-#   your objective is strongly convex, say `POSITIVE_DEFINITE`: solvers that need it are then
-#   admitted, and `doctor` holds you to it.
+#   your objective is strongly convex, say `POSITIVE_DEFINITE`: the search for negative curvature is
+#   then left out of [error estimates](../concepts/trust.md#the-error-estimated), and `doctor` holds
+#   you to it.
 #
-# The tasks have rows of one shape, so they stack: objectives are written for one task, and
-# [the library maps them](../concepts/tasks.md) over the stack.
+# The tasks have rows of one shape, so they stack: objectives are written for one task, and [the
+# library maps them](../concepts/tasks.md) over the stack.
 
 # %%
 torch.manual_seed(0)
@@ -250,8 +252,70 @@ for policy in ("truncate", "ggn"):
 # %% [markdown]
 # The status is the same, because the finding is: the curvature is negative, this point is no
 # minimum, and no hypergradient there deserves trust. The second value at least solves a system that
-# has a solution.
-# [Negative curvature](../concepts/linear-solvers.md#negative-curvature) has the other policies.
+# has a solution. [Negative curvature](../concepts/linear-solvers.md#negative-curvature) has the
+# other policies.
+#
+# ### Constants, where you know them
+#
+# A convex problem can promise more: numbers, from which the error of a hypergradient is not
+# estimated but [certified](../concepts/trust.md#the-error-certified). Here is ridge regression with
+# one strength $\lambda = e^x$, where each constant is a line of calculus. The mixed derivative
+# $\partial_x \partial_w G$ is $\lambda w$. It changes with $w$ at the rate $\lambda$, and its
+# length is at most $\lambda$ times that of the longest $w$ on the way. A solver that begins at zero
+# and descends meets none with
+#
+# $$
+# \tfrac{\lambda}{2} \|w\|^2 > G(0) .
+# $$
+
+# %%
+from bilevel import Smoothness
+
+
+class Shrunk(BilevelProblem):
+    """Ridge regression; learn the strength."""
+
+    structure = Structure.POSITIVE_DEFINITE
+    regularizer = Proximal(torch.exp, center=lambda x: x.new_zeros(4))
+
+    def inner_objective(self, w, x, batch):
+        return 0.5 * ((batch["rows"] @ w - batch["targets"]) ** 2).mean()
+
+    outer_objective = inner_objective  # on other rows
+
+    def smoothness(self, x, task):
+        strength = x.exp()
+        longest = ((task.inner_batch["targets"] ** 2).mean() / strength).sqrt()  # ‖w‖
+        rows = task.outer_batch["rows"]
+        return Smoothness(
+            cross_norm=(strength * longest).item(),  # ‖∂ₓ∂_w G‖
+            cross=strength.item(),  # how fast it changes with w
+            outer_gradient=torch.linalg.eigvalsh(rows.T @ rows / len(rows))[-1].item(),
+        )
+
+
+rows = torch.randn(80, 4, generator=generator, dtype=torch.float64)
+targets = rows.sum(1) + 0.5 * torch.randn(80, generator=generator, dtype=torch.float64)
+halves = [{"rows": rows[k], "targets": targets[k]} for k in (slice(40), slice(40, None))]
+ridge = Shrunk(), torch.tensor(-1.0, dtype=torch.float64), Task(*halves)
+test(*ridge, solver, method)
+
+exact = hypergradient(*ridge, inner_solver=solver, method=method).gradient
+asked = ImplicitCG(rtol=1e-9, error_estimate=True, error_bound=True)
+print("steps  error    estimated  certified")
+for steps in (5, 10, 20):
+    short = GradientDescent(lr=0.4, max_steps=steps)
+    result = hypergradient(*ridge, inner_solver=short, method=asked)
+    error = ((result.gradient - exact) / result.gradient).abs().item()
+    told = result.diagnostics
+    print(f"{steps:5}  {error:.1e}  {told.error_estimate.item():.1e}", end="    ")
+    print(f"{told.error_bound.item():.1e}")
+    assert error <= told.error_bound.item()
+
+# %% [markdown]
+# The estimate is what to steer by. The bound is hundreds of times larger, and holds as far as the
+# constants do. ($\mu$ need not be said: where the rest is convex, it is the smallest strength of
+# the regularizer.)
 #
 # ## An equilibrium
 #
@@ -387,7 +451,14 @@ figure.savefig("own_problem_found.png", dpi=110)
 # are the mistakes of a first evening, and what you read then.
 
 # %%
+import textwrap
+
 from bilevel import BilevelError
+
+
+def show(error):
+    print(textwrap.fill(f"{type(error).__name__}: {error}", 90), end="\n\n")
+
 
 strength = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
 zeros = torch.zeros(15, dtype=torch.float64)
@@ -398,7 +469,7 @@ def flawed(inner_objective, initial=curves.initial_inner, by=method):
     try:
         hypergradient(problem, outer, task, inner_solver=solver, method=by)
     except (BilevelError, ValueError) as error:
-        print(f"{type(error).__name__}: {error}\n")
+        show(error)
 
 
 # 1. A residual for each row instead of one number.
@@ -417,13 +488,13 @@ flawed(penalised, lambda x, batch: {"heights": zeros.float(), "zero": torch.zero
 try:
     SmoothedNetwork(nn.Sequential(nn.Linear(2, 5), nn.Dropout(0.5), nn.Linear(5, 1)))
 except BilevelError as error:
-    print(f"{type(error).__name__}: {error}\n")
+    show(error)
 
 # 6. Conjugate gradients for an equilibrium.
 try:
     hypergradient(opinions, x, town, inner_solver=settle, method=method)
 except BilevelError as error:
-    print(f"{type(error).__name__}: {error}")
+    show(error)
 
 # %% [markdown]
 # One mistake raises nothing. A `.detach()`, a `.item()` or a round trip through NumPy cuts a path
@@ -455,8 +526,9 @@ for finding in diagnosis.findings:
 # registered with `@PROBLEMS.register("name")` from `bilevel.registry`, and that makes a small
 # instance of itself: a class method `example(*, tasks=None, dtype=torch.float64, seed=0)` that
 # returns an [`Example`][bilevel.problems.Example] with what is known, bounds on the curvature, and
-# the exact hypergradient where there is a formula. Then `bilevel check name` finds it once its
-# module is imported, and every method is tested on it.
+# the exact hypergradient where there is a formula. A command line that is started from a module
+# which imports yours then knows the name, as in `bilevel check name`, and every method is tested on
+# it.
 #
 # - [Bilevel problems](../concepts/problems.md): what an objective has to be, in short.
 # - [Checking a hypergradient](../concepts/checking.md) and [a preflight](../concepts/doctor.md).

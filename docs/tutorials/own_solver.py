@@ -8,9 +8,9 @@
 # [tasks](../concepts/tasks.md), stopping, and the judgement of how the solve ended are there.
 #
 # This page writes one of each, from the same idea. It is old, and the library does not have it:
-# *Chebyshev acceleration* (Golub and Varga, 1961). Suppose that all curvatures lie in $[\mu, L]$.
-# Of all methods whose step is a gradient and some momentum, this one has the best worst case after
-# $k$ steps, *for each* $k$. With
+# *Chebyshev acceleration* (Golub and Varga, 1961). Suppose that the objective is quadratic, with
+# curvatures in $[\mu, L]$. Of all methods whose steps combine the gradients met so far, with weights
+# fixed beforehand, this one has the best worst case after $k$ steps, *for each* $k$. With
 #
 # $$
 # \kappa = \frac{L}{\mu}, \qquad q = \frac{\sqrt\kappa - 1}{\sqrt\kappa + 1}, \qquad
@@ -27,13 +27,14 @@
 #
 # with $\nabla_k$ the gradient at $z_k$. The first step is plain gradient descent. As $k$ grows,
 # $\beta_k$ falls to $q^2$, which is the heavy ball of Polyak (1964): Chebyshev's method is heavy
-# ball with a good beginning. On a quadratic the error after $k$ steps is at most
+# ball with a good beginning. The error after $k$ steps is at most
 #
 # $$
 # \frac{\|z_k - z^\star\|}{\|z_0 - z^\star\|} \le \frac{2 q^k}{1 + q^{2k}} ,
 # $$
 #
-# and it will be our test.
+# and it will be our test. Other objectives are nearly quadratic close to their minimum: the
+# recurrence serves there, and the residual judges it.
 
 # %%
 import math
@@ -93,7 +94,7 @@ class ChebyshevDescent(InnerSolver):
             raise ValueError(f"`low` is {self.low} and `high` {self.high}; 0 < low <= high < ∞")
 
     def _init(self, flat, z):
-        return torch.zeros_like(z), torch.zeros((), device=z.device)  # d, k
+        return torch.zeros_like(z), z.new_zeros(())  # d, k
 
     def _step(self, flat, z, state):
         d, k = state
@@ -248,7 +249,7 @@ class Chebyshev(LinearSolver):
             entered, first = progress.active, progress.rr
             d = torch.zeros_like(rhs)
             for k in progress.rounds():
-                beta = momentum(torch.tensor(float(k), device=rhs.device), q)
+                beta = momentum(rhs.new_tensor(k), q)
                 d = beta * d + (1 + beta) * rate * progress.r
                 product = operator(d)
                 curvature = dot(d, product)
@@ -498,10 +499,11 @@ for line in printed.getvalue().splitlines():
 # ```
 #
 # It asks for more than this page did: agreement with dense solves in both precisions; a batch that
-# is solved as its tasks alone would be; right-hand sides that are zero, NaN or of size $10^{\pm
-# 30}$; a start at the solution, which takes no step; a spent budget with the true residual; and
-# matrices without a solution, which are never claimed solved. `Chebyshev` as it stands here passes.
-# An inner solver has its test beside it, such as the bound from above and a run under `Unrolled`.
+# is solved as its tasks alone would be; right-hand sides that are zero, NaN or of size
+# $10^{\pm 30}$; a start at the solution, which takes no step; a spent budget with the true
+# residual; and matrices without a solution, which are never claimed solved. `Chebyshev` as it
+# stands here passes. An inner solver has its test beside it, such as the bound from above and a run
+# under `Unrolled`.
 #
 # - [`InnerSolver`, `LinearSolver`](../api/own.md): the reference of all hooks.
 # - [Inner solvers](../concepts/inner-solvers.md) and [linear
