@@ -122,8 +122,10 @@ TERMS = {
 @pytest.mark.parametrize("term", TERMS)
 def test_search_finds(browser, address, term):
     page = browser.new_page(viewport={"width": 1280, "height": 900})
-    page.goto(address)
-    page.fill("input[name=query]", term)
+    # The search listens once its index is there.
+    page.goto(address, wait_until="networkidle")
+    page.click("input[name=query]")
+    page.locator("input[name=query]").press_sequentially(term, delay=20)
     page.wait_for_selector(".md-search-result__link")
     links = page.eval_on_selector_all(".md-search-result__link", "all => all.map(a => a.href)")
     page.close()
