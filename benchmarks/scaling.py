@@ -34,7 +34,7 @@ Run = Callable[[], object]
 EVERY = 32
 
 
-def meta_gradient(
+def one_hypergradient(
     tasks: int, channels: int, task_chunk: int | None = None, engine: Engine = "batched"
 ) -> tuple[Run, int]:
     """One hypergradient, and the number of parameters."""
@@ -109,10 +109,10 @@ def measure(full: bool, rounds: int) -> dict[str, dict[float, float]]:
     conditions = (10, 30, 100, 300, 1000, 3000, 10_000) if full else (10, 100, 1000)
     count = EVERY if full else 8
     chunks = [one for one in (1, 2, 4, 8, 16, 32) if one <= count]
-    sized = [meta_gradient(2, one) for one in channels]
-    chunked = {one: meta_gradient(count, 64 if full else 16, one)[0] for one in chunks}
+    sized = [one_hypergradient(2, one) for one in channels]
+    chunked = {one: one_hypergradient(count, 64 if full else 16, one)[0] for one in chunks}
     return {
-        "tasks": medians({one: meta_gradient(one, 16)[0] for one in tasks}, rounds),
+        "tasks": medians({one: one_hypergradient(one, 16)[0] for one in tasks}, rounds),
         "parameters": medians({size: run for run, size in sized}, rounds),
         "condition": {one: conjugate_gradient_steps(one) for one in conditions},
         "chunk": medians(chunked, rounds),

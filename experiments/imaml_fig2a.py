@@ -29,7 +29,7 @@ from .results import Row
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["ImamlFig2a", "meta_gradient_error"]
+__all__ = ["ImamlFig2a", "hypergradient_error"]
 
 METHODS: dict[str, HypergradientMethod] = {
     "MAML": Unrolled(),
@@ -59,7 +59,7 @@ _SIZE = 20
 _RANDOM_STEPS = (20, 50, 100, 150, 200)
 
 
-def meta_gradient_error(
+def hypergradient_error(
     A: Tensor, c: Tensor, method: HypergradientMethod, *, strength: float, lr: float, steps: int
 ) -> float:
     """‖g − exact‖ / ‖exact‖ after so many inner steps, exact by dense algebra.
@@ -116,7 +116,7 @@ class ImamlFig2a(Reproduction):
         A, c = torch.diag(torch.tensor(_EIGENVALUES).double()), torch.ones(5).double()
         curves = {
             name: {
-                k: meta_gradient_error(A, c, method, strength=1.0, lr=0.01, steps=k) for k in STEPS
+                k: hypergradient_error(A, c, method, strength=1.0, lr=0.01, steps=k) for k in STEPS
             }
             for name, method in METHODS.items()
         }
@@ -152,7 +152,7 @@ def _random_curves(seed: int) -> dict[str, dict[int, float]]:
     A, c = random_quadratic(seed)
     return {
         name: {
-            k: meta_gradient_error(A, c, METHODS[name], strength=1.0, lr=0.02, steps=k)
+            k: hypergradient_error(A, c, METHODS[name], strength=1.0, lr=0.02, steps=k)
             for k in _RANDOM_STEPS
         }
         for name in ("MAML", "iMAML, CG = 2", "iMAML, CG = 10")

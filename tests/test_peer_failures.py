@@ -761,7 +761,7 @@ def test_solvers_keep_no_state_between_calls():
     assert torch.equal(first.inner, second.inner)
 
 
-def test_an_implicit_gradient_does_not_depend_on_the_inner_optimizer():
+def test_an_implicit_gradient_does_not_depend_on_the_inner_solver():
     # hypertorch#8: must the optimizer and the linearised map match? Here they need not.
     task = quadratic_task(5, condition=8.0)
     x = randn(5, seed=3)

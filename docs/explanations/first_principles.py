@@ -108,8 +108,9 @@ stiffness, push = grad(slope, (z, x))
 direct, pull = grad(f(x, z), (x, z))
 
 dz_dx = -push / stiffness
+indirect = pull * dz_dx
 print(f"dz*/dx = {dz_dx:.4f}")
-print(f"dF/dx  = {direct:.4f} + ({pull:.4f} · {dz_dx:.4f}) = {direct + pull * dz_dx:.4f}")
+print(f"dF/dx  = {direct:.4f} + ({pull:.4f} · {dz_dx:.4f}) = {direct + indirect:.4f}")
 
 # %% [markdown]
 # No derivative of `floor` was taken. Is it right? Solve the inner problem at two neighbouring $x$
@@ -771,7 +772,7 @@ xs = torch.linspace(-1.2, 3.2, 221)
 zs = torch.linspace(-1.3, 1.7, 151)
 floors = floor(xs)
 at, here = torch.tensor(1.0), floor(torch.tensor(1.0))
-slope = -0.0825
+slope = direct + indirect
 
 figure, (valley, slices, along) = panels(3, 9.6, 3.2)
 height = g(xs[None], zs[:, None]) - g(xs, floors)
@@ -823,9 +824,9 @@ across.legend(frameon=False, fontsize=9, loc="upper left")
 label(across, "z", "∂g/∂z", "how the floor moves")
 near = torch.linspace(0.2, 1.8, 81)
 for curve, color, text in (
-    (f(near, here.expand(81)), AMBER, "z held: direct slope, +0.05"),
-    (f(near, floor(near)), RED, "F: both, −0.08"),
-    (f(at.expand(81), floor(near)), BLUE, "x held, z*(x): indirect slope, −0.13"),
+    (f(near, here.expand(81)), AMBER, f"z held: direct slope, {direct:+.2f}"),
+    (f(near, floor(near)), RED, f"F: both, {slope:+.2f}"),
+    (f(at.expand(81), floor(near)), BLUE, f"x held, z*(x): indirect slope, {indirect:+.2f}"),
 ):
     both.plot(near, curve, color=color, lw=2, label=text)
 both.plot(at, f(at, here), "o", color=INK, ms=7, mec="white", zorder=3)

@@ -17,6 +17,7 @@ from typing import Any
 
 import griffe
 from mkdocs.structure.files import File, Files
+from tables import table
 
 import bilevel.problems
 import bilevel.solvers
@@ -50,23 +51,27 @@ STRUCTURES = {
     Structure.POSITIVE_DEFINITE: "symmetric positive definite",
 }
 
-# How a class without defaults for all its arguments is built.
-CALLS = {
-    "BacktrackingDescent": "BacktrackingDescent(lr=1.0, max_steps=200)",
-    "ClosedForm": "ClosedForm(solution)",
-    "GradientDescent": "GradientDescent(lr=1 / example.lipschitz, max_steps=200)",
-    "Implicit": "Implicit(CG())",
-    "ProximalGradient": "ProximalGradient(lr=0.3, max_steps=400)",
-    "TorchOptimizer": "TorchOptimizer(torch.optim.Adam, lr=0.05, max_steps=400)",
+# Where a class is not shown by ``Class()``, on ridge regression, with the example's inner solver.
+EXAMPLES = {
+    "BacktrackingDescent": {"call": "BacktrackingDescent(lr=1.0, max_steps=200)"},
+    "ClosedForm": {
+        "call": "ClosedForm(solution)",
+        "before": """
+            def solution(outer, batch):
+                rows, targets = batch
+                hessian = rows.T @ rows / len(rows) + outer.exp().diag()
+                return torch.linalg.solve(hessian, rows.T @ targets / len(rows))
+            """,
+    },
+    "FirstOrder": {"problem": "FewShot"},
+    "GradientDescent": {"call": "GradientDescent(lr=1 / example.lipschitz, max_steps=200)"},
+    "Implicit": {"call": "Implicit(CG())"},
+    "ProximalGradient": {"call": "ProximalGradient(lr=0.3, max_steps=400)"},
+    "SecantPreconditioner": {"solver": "LBFGS()"},
+    "TorchOptimizer": {"call": "TorchOptimizer(torch.optim.Adam, lr=0.05, max_steps=400)"},
 }
-BEFORE = {
-    "ClosedForm": """
-    def solution(outer, batch):
-        rows, targets = batch
-        hessian = rows.T @ rows / len(rows) + outer.exp().diag()
-        return torch.linalg.solve(hessian, rows.T @ targets / len(rows))
-    """,
-}
+
+NUMBERS = ("Error", "Gradients", "Products")
 
 HYPERGRADIENT = """
 result = hypergradient(
@@ -114,7 +119,7 @@ def _index() -> str:
             [f"`{n}`", f"[`{registry[n].__name__}`]({folder}/{n}.md)", registry.summary(n)]
             for n in registry
         ]
-        parts.append(_table([["Name", "Class", "What it is"], *rows]))
+        parts.append(table(["Name", "Class", "What it is"], rows))
     return "\n\n".join(parts) + "\n"
 
 
@@ -128,7 +133,7 @@ def _page(
     parts = [
         f"# {cls.__name__}",
         registry.summary(name),
-        _table([list(fact) for fact in facts]),
+        table(facts[0], facts[1:]),
         "## What it computes" if folder != "problems" else "## The problem",
         lead,
         card,
@@ -195,59 +200,53 @@ def _arguments(cls: type[Any]) -> str:
 
 
 def _example(folder: str, cls: type[Any]) -> str:
-    name = cls.__name__
-    problem = name if folder == "problems" else "FewShot" if name == "FirstOrder" else "Ridge"
-    problem_class = getattr(bilevel.problems, problem)
-    call = CALLS.get(name, f"{name}()")
-    general = not problem_class.example().problem.structure.satisfies(Structure.SYMMETRIC)
-    method, solver = "Implicit(GMRES())" if general else "ImplicitCG()", "example.inner_solver"
-    if folder == "methods":
-        method = call
-    elif folder == "inner-solvers":
-        solver = call
-    elif folder == "linear-solvers":
-        method = f"Implicit({call})"
-    elif folder == "preconditioners":
-        method = f"ImplicitCG(preconditioner={call})"
-    if name == "SecantPreconditioner":
-        solver = "LBFGS()"
-    body = HYPERGRADIENT.format(method=method, solver=solver)
-    known = vars(bilevel.solvers)
+    """A piece of code, and what it prints."""
+    shown = EXAMPLES.get(cls.__name__, {})
+    call = shown.get("call", f"{cls.__name__}()")
+    problem = shown.get("problem", cls.__name__ if folder == "problems" else "Ridge")
+    structure = getattr(bilevel.problems, problem).example().problem.structure
+    general = not structure.satisfies(Structure.SYMMETRIC)
+    method = {
+        "methods": call,
+        "linear-solvers": f"Implicit({call})",
+        "preconditioners": f"ImplicitCG(preconditioner={call})",
+    }.get(folder, "Implicit(GMRES())" if general else "ImplicitCG()")
+    solver = call if folder == "inner-solvers" else shown.get("solver", "example.inner_solver")
+    before = textwrap.dedent(shown.get("before", ""))
+    body = before + HYPERGRADIENT.format(method=method, solver=solver)
     words = re.findall(r"\w+", f"{method} {solver}")
-    used = sorted(set(words) & set(known["__all__"]), key=str.lower)
-    imports = ["import torch"] if "torch." in body + BEFORE.get(name, "") else []
+    used = sorted(set(words) & set(bilevel.solvers.__all__), key=str.lower)
+    imports = ["import torch"] if "torch." in body else []
     imports += [
         "from bilevel import hypergradient",
         f"from bilevel.problems import {problem}",
         f"from bilevel.solvers import {', '.join(used)}",
     ]
-    before = textwrap.dedent(BEFORE.get(name, ""))
-    code = "\n".join(imports) + f"\n\nexample = {problem}.example()\n"
-    code += (f"\n{before}\n" if before else "") + body
+    code = "\n".join(imports) + f"\n\nexample = {problem}.example()\n" + body
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        exec(compile(code, f"<card of {name}>", "exec"), {"__name__": "__main__"})
+        exec(compile(code, f"<card of {cls.__name__}>", "exec"), {"__name__": "__main__"})
     return f'```python\n{code.strip()}\n```\n\n```text title="Output"\n{printed.getvalue()}```'
 
 
 def _method_results(cls: type[Any], line_up: dict[str, Any]) -> str:
     rows = [row for row in line_up["rows"] if row["setting"]["call"].startswith(cls.__name__ + "(")]
     head = ["Problem", "Settings", "Error", "Gradients", "Products", "Status"]
-    table, last = [], ""
+    lines, last = [], ""
     for row in _merged(rows):
         problem = row["problem"]
         shown = f"[{problem}](../problems/{problem}.md)" if problem != last else ""
-        table.append([shown, f"`{row['call']}`", *_cells(row)])
+        lines.append([shown, f"`{row['call']}`", *_cells(row)])
         last = problem
-    return _section("On every problem", head, table)
+    return _section("On every problem", head, lines)
 
 
 def _problem_results(name: str, line_up: dict[str, Any]) -> str:
     rows = [row for row in line_up["rows"] if row["setting"]["problem"] == name]
     head = ["Settings", "Error", "Gradients", "Products", "Status"]
-    table = [[f"`{row['call']}`", *_cells(row)] for row in _merged(rows)]
+    lines = [[f"`{row['call']}`", *_cells(row)] for row in _merged(rows)]
     alt = f"Relative error of each method on {name}, against its cost and against its memory."
     picture = f"\n\n{{{{ picture line-up-{name} {alt} }}}}"
-    return _section("Every method on it", head, table) + picture
+    return _section("Every method on it", head, lines) + picture
 
 
 def _merged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -267,21 +266,16 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return [f"{row['error']:.1e}", str(row["gradients"]), str(row["products"]), row["status"]]
 
 
-def _section(title: str, head: list[str], table: list[list[str]]) -> str:
+def _section(title: str, head: list[str], rows: list[list[str]]) -> str:
     return "\n\n".join(
         [
             f"## {title}",
             "After 50 steps of gradient descent on the inner problem, whose error is part of the "
             "error here: relative, and true, against dense float64 algebra at the solved inner "
             "problem. `BUDGET`: the steps were all taken, and no tolerance was asked for.",
-            _table([head, *table]),
+            table(head, rows, right=["Error", "Gradients", "Products"])
+            if rows
+            else "Not measured.",
             "{{ source line-up }}",
         ]
     )
-
-
-def _table(lines: list[list[str]]) -> str:
-    """A Markdown table; the first line is its head."""
-    numbers = ("Error", "Gradients", "Products")
-    rule = ["---:" if cell in numbers else "---" for cell in lines[0]]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], rule, *lines[1:]])

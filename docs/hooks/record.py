@@ -34,18 +34,17 @@ def main(names: list[str]) -> int:
     Raises:
         ValueError: There is no such tutorial.
     """
-    known = [path.stem for path in scripts()]
-    if unknown := set(names) - set(known):
+    known = {path.stem: path for path in scripts()}
+    if unknown := set(names) - known.keys():
         raise ValueError(f"there is no {', '.join(sorted(unknown))}; known: {', '.join(known)}")
     if len(names) != 1:
         each = [[sys.executable, __file__, name] for name in names or known]
         return max(subprocess.run(command, check=False).returncode for command in each)
     os.environ["MPLBACKEND"] = "agg"
     warnings.simplefilter("error")
-    for path in (path for path in scripts() if path.stem == names[0]):
-        start = time.perf_counter()
-        record(path)
-        print(f"{path.stem}: {time.perf_counter() - start:.1f} s")
+    start = time.perf_counter()
+    record(known[names[0]])
+    print(f"{names[0]}: {time.perf_counter() - start:.1f} s")
     return 0
 
 

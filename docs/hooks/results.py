@@ -4,10 +4,11 @@ import html
 import json
 import re
 import shutil
+import textwrap
 from pathlib import Path
 from typing import Any
 
-from bilevel.experiments import REPRODUCTIONS
+from tables import table
 
 DIRECTIVE = re.compile(
     r"\{\{ (?P<kind>value|source|picture|table|checks|results?) (?P<name>[\w-]+)"
@@ -16,8 +17,8 @@ DIRECTIVE = re.compile(
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
-_LONG = 30
-_TOO_LONG = 200
+# Rows of a table that is folded, and of one that is left to its file.
+_LONG, _TOO_LONG = 30, 200
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
@@ -30,11 +31,9 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     ``{{ result NAME TITLE }}`` is a section with all numbers of a file, ``{{ results all }}`` a
     table of all files.
 
-    What `bilevel reproduce` has not yet written says "not measured".
-
     Raises:
         ValueError: A directive names no number, or several.
-        FileNotFoundError: There is no such result, and no command that writes it.
+        FileNotFoundError: There is no such result.
     """
     return DIRECTIVE.sub(lambda match: _filled(match, page), markdown)
 
@@ -68,8 +67,6 @@ def _filled(match: re.Match[str], page: Any) -> str:
     if kind == "results":
         return _overview()
     path = RESULTS / f"{name}.json"
-    if name in REPRODUCTIONS and not path.exists():
-        return "not measured" if kind in ("value", "table") else ""
     if kind == "picture":
         if not path.with_suffix(".png").exists():
             raise FileNotFoundError(f"{page.file.src_uri}: there is no picture {name}.png")
@@ -81,7 +78,7 @@ def _filled(match: re.Match[str], page: Any) -> str:
     if kind == "result":
         return _section(result, rest, page)
     if kind == "table":
-        return _table(result["table"])
+        return _beside_published(result["table"])
     if kind == "checks":
         return "\n".join(_check(one) for one in result["checks"])
     wanted, _, form = rest.partition(" as ")
@@ -106,13 +103,13 @@ def _source(result: dict[str, Any]) -> str:
     )
 
 
-def _table(table: dict[str, Any]) -> str:
-    lines = [table["head"], ["---"] + ["---:"] * (len(table["head"]) - 1)]
-    for line in table["body"]:
+def _beside_published(given: dict[str, Any]) -> str:
+    rows = []
+    for line in given["body"]:
         # A row of published numbers belongs to the row above it.
         published = line[0].startswith(" ")
-        lines.append([f"*{cell.strip()}*" if published and cell else cell for cell in line])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        rows.append([f"*{cell.strip()}*" if published and cell else cell for cell in line])
+    return table(given["head"], rows, right=given["head"][1:])
 
 
 def _check(check: dict[str, Any]) -> str:
@@ -121,13 +118,14 @@ def _check(check: dict[str, Any]) -> str:
 
 
 def _overview() -> str:
-    lines = ["| File | Numbers | Measured on | Commit | Command |", "|---|---:|---|---|---|"]
+    rows = []
     for path in sorted(RESULTS.glob("*.json")):
         one = json.loads(path.read_text())
         link = f'<a href="{path.name}">{path.stem}</a>'
         facts = [f"{len(one['rows']):,}", one["date"], one["commit"], f"`{one['command']}`"]
-        lines.append("| " + " | ".join([link, *facts]) + " |")
-    return "\n".join(lines)
+        rows.append([link, *facts])
+    head = ["File", "Numbers", "Measured on", "Commit", "Command"]
+    return table(head, rows, right=["Numbers"])
 
 
 def _section(result: dict[str, Any], title: str, page: Any) -> str:
@@ -147,7 +145,7 @@ def _section(result: dict[str, Any], title: str, page: Any) -> str:
 def _numbers(rows: list[dict[str, Any]]) -> str:
     settings = list(dict.fromkeys(key for row in rows for key in row["setting"]))
     head = [*settings, "metric", "value", "reference"]
-    table = [head, ["---"] * len(settings) + ["---", "---:", "---"]]
+    body = []
     for row in rows:
         cells = [str(row["setting"].get(key, "")) for key in settings]
         value = f"{row['value']:,.4g}" if isinstance(row["value"], float) else f"{row['value']:,}"
@@ -155,11 +153,11 @@ def _numbers(rows: list[dict[str, Any]]) -> str:
             value += f" ± {row['ci95']:.2g}"
         reference = row.get("reference", {})
         known = f"{reference['value']} ({reference['source']})" if reference else ""
-        table.append([*cells, row["metric"], value, known])
-    if not any(line[-1] for line in table[2:]):
-        table = [line[:-1] for line in table]
-    lines = ["| " + " | ".join(line) + " |" for line in table]
-    if len(lines) > _LONG:
+        body.append([*cells, row["metric"], value, known])
+    if not any(line[-1] for line in body):
+        head, body = head[:-1], [line[:-1] for line in body]
+    written = table(head, body, right=["value"])
+    if len(body) > _LONG:
         # Folded away: the picture says more.
-        lines = ['??? note "The numbers"', "", *(f"    {line}" for line in lines), ""]
-    return "\n".join(lines)
+        return '??? note "The numbers"\n\n' + textwrap.indent(written, "    ") + "\n"
+    return written

@@ -16,13 +16,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Cell", "Tutorial", "differences", "scripts"]
+__all__ = ["DOCS", "Cell", "Tutorial", "scripts"]
 
 DOCS = Path(__file__).parent.parent
 
 _CELL = re.compile(r"^# %%(.*)\n", flags=re.MULTILINE)
 _PICTURE = re.compile(r"!\[[^\]]+\]\((?P<name>[\w-]+\.png)\)")
-_NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 _NEEDS_DATA = "BILEVEL_DATA"
 
 
@@ -82,11 +81,6 @@ class Tutorial:
         return "\n".join(one[2:] for one in lines)
 
     @property
-    def title(self) -> str:
-        """The heading of the first cell."""
-        return self.cells[0].code.split("\n", 1)[0].removeprefix("# ")
-
-    @property
     def needs_data(self) -> bool:
         """Whether it reads real data from the folder that the environment names."""
         return _NEEDS_DATA in self.source
@@ -142,33 +136,3 @@ class Tutorial:
             if printed:
                 parts.append(f'```text title="Output"\n{printed.rstrip()}\n```')
         return "\n\n".join(parts) + "\n"
-
-
-def differences(printed: str, recorded: str, rtol: float = 2e-2) -> list[str]:
-    """Lines that differ in a word, or in a number by more than ``rtol`` and its last digit.
-
-    Rounding differs from one machine to the next, and the last digits of an iteration with it.
-    """
-    ours, theirs = printed.splitlines(), recorded.splitlines()
-    if len(ours) != len(theirs):
-        return [f"{len(ours)} lines, recorded were {len(theirs)}:\n{printed}"]
-    return [
-        f"printed   {a!r}\nrecorded  {b!r}"
-        for a, b in zip(ours, theirs, strict=True)
-        if not _alike(a, b, rtol)
-    ]
-
-
-def _alike(printed: str, recorded: str, rtol: float) -> bool:
-    words = [" ".join(_NUMBER.sub(" # ", line).split()) for line in (printed, recorded)]
-    if words[0] != words[1]:
-        return False
-    pairs = zip(_NUMBER.findall(printed), _NUMBER.findall(recorded), strict=True)
-    return all(abs(float(a) - float(b)) <= rtol * abs(float(b)) + _last_digit(b) for a, b in pairs)
-
-
-def _last_digit(number: str) -> float:
-    """One unit of the last digit that was printed."""
-    mantissa, _, exponent = number.partition("e")
-    digits = len(mantissa.partition(".")[2])
-    return float(10 ** (int(exponent or 0) - digits)) if digits or exponent else 0.0

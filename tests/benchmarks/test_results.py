@@ -52,7 +52,7 @@ def test_cost_grows_at_most_linearly_and_chunks_bound_memory():
 
 
 @pytest.mark.parametrize("tasks", [1, 8])
-def test_torchopt_takes_longer_to_the_same_meta_gradient(tasks):
+def test_torchopt_takes_longer_to_the_same_hypergradient(tasks):
     where = {"network": "strided", "tasks": tasks}
     peer = value("meta-gradient", "seconds", variant="torchopt", **where)
     for engine in ("auto", "batched", "loop"):

@@ -12,12 +12,12 @@ def test_the_exponent_is_the_slope_of_the_logarithms(script):
 
 def test_a_small_run_has_every_part(script, monkeypatch, tmp_path):
     scaling = script("scaling")
-    whole = scaling.meta_gradient
+    whole = scaling.one_hypergradient
 
     def small(tasks, channels, task_chunk=None):
         return whole(tasks if task_chunk else min(tasks, 2), 1 + channels // 10, task_chunk)
 
-    monkeypatch.setattr(scaling, "meta_gradient", small)
+    monkeypatch.setattr(scaling, "one_hypergradient", small)
     found = scaling.measure(False, 2)
     assert list(found["chunk"]) == [1, 2, 4, 8]
     assert found["chunk memory"][1] < found["chunk memory"][8]

@@ -8,7 +8,7 @@ import torch
 from bilevel.experiments import REPRODUCTIONS, Check, Options, Table
 from bilevel.experiments.imaml_fig2a import (
     PUBLISHED,
-    meta_gradient_error,
+    hypergradient_error,
     random_quadratic,
 )
 from bilevel.run_folder import RunFolderError
@@ -53,8 +53,8 @@ def test_per_mode_an_error_of_imaml_is_twice_that_of_maml(seed):
     A, c = random_quadratic(seed)
     A, c = A[:1, :1].abs(), c[:1]
     settings = {"strength": 1.0, "lr": 0.05, "steps": 12}
-    x = meta_gradient_error(A, c, ImplicitCG(max_steps=1, rtol=0.0), **settings)
-    maml = meta_gradient_error(A, c, Unrolled(), **settings)
+    x = hypergradient_error(A, c, ImplicitCG(max_steps=1, rtol=0.0), **settings)
+    maml = hypergradient_error(A, c, Unrolled(), **settings)
     assert maml == pytest.approx(2 * x + x**2, rel=1e-9)
 
 
