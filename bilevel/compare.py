@@ -463,6 +463,8 @@ def _advice(
         f"No method has an error of at most {allowed}{limit}.",
         f"The most accurate is {best.name}: {error}.",
     ]
+    if best.cosine is not None and best.cosine <= 0.0:
+        sentences.append(f"It points the wrong way (cosine {best.cosine:.2f}): do not follow it.")
     if beyond:
         sentences.append(
             f"Beyond the limit, {beyond[0].name} has error {beyond[0].error:.1e} at a cost of "
@@ -490,6 +492,11 @@ def _cure(
     assert report.inner_error is not None
     assert report.linear_error is not None
     inner, linear = report.inner_error.max().item(), report.linear_error.max().item()
+    if math.isinf(inner):
+        return (
+            "So far from a solution, the parts of its error cannot be told apart: "
+            f"{more}; `doctor` finds how many."
+        )
     if linear > inner:
         return (
             f"Its error is that of the adjoint solve ({linear:.0e}; inner solve {inner:.0e}): "

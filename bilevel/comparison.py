@@ -172,7 +172,8 @@ class Comparison:
         lines = [line(" ", titles), "  " + "-" * (sum(widths) + 2 * len(widths) - 2)]
         chosen = self.recommendation
         for one, cells in zip(ran, rows, strict=True):
-            mark = "→" if one is chosen else "✓" if self.accurate(one) and one.usable else " "
+            enough = self.accurate(one) and one.usable
+            mark = " " if not enough else "→" if one is chosen else "✓"
             lines.append(line(mark, cells))
         noted = [one for one in self.results if one.note]
         for i, one in enumerate(noted):

@@ -7,6 +7,7 @@ from bilevel import (
     DependenceError,
     SolveError,
     StructureError,
+    compare,
     doctor,
     hypergradient,
     problem_from,
@@ -79,3 +80,37 @@ def test_doctor_does_not_ask_for_more_steps_in_a_flat_valley():
     names = [one.kind for one in found.findings]
     assert "inner problem not solved" not in names
     assert not found.ok
+
+
+def test_a_method_that_points_the_wrong_way_gets_no_arrow():
+    """One step into a valley of the wrong bend: nothing is accurate, and the best is uphill."""
+    problem = problem_from(
+        lambda z, x, _: (z.cosh() - x * z).sum(),
+        lambda z, x, _: (z - 0.5).square().sum(),
+        initial_inner=lambda x, _: torch.zeros_like(x),
+    )
+    found = compare(
+        problem,
+        torch.full((2,), 2.0, dtype=torch.float64),
+        methods={"CG": ImplicitCG()},
+        inner_solver=GradientDescent(lr=0.01, max_steps=1),
+    )
+    assert found.recommendation.cosine < 0
+    assert "points the wrong way (cosine -1.00)" in found.advice
+    assert "→" not in str(found)
+
+
+def test_an_error_without_an_estimate_sends_to_doctor():
+    problem = problem_from(
+        lambda z, x, _: (z.square() * (z.square() - 2) / 4 - x * z).sum(),
+        lambda z, x, _: (z - 0.5).square().sum(),
+        initial_inner=lambda x, _: torch.full_like(x, 0.62),
+    )
+    found = compare(
+        problem,
+        torch.zeros(1, dtype=torch.float64),
+        methods={"CG": ImplicitCG()},
+        inner_solver=GradientDescent(lr=0.01, max_steps=1),
+    )
+    assert "inf" not in found.advice
+    assert "`doctor`" in found.advice
