@@ -79,10 +79,11 @@ docs: build/installed/.ready  ## Build the site, strictly, from the installed wh
 	    --config-file $(CURDIR)/mkdocs.yml --site-dir $(CURDIR)/site
 	$(BIN)/python .ci/check_site.py site
 
-# The rules of accessibility that `site-test` asks.
+# The rules of accessibility that `site-test` asks. Node reads its certificates by a name of its own.
 AXE := build/axe/node_modules/axe-core/axe.min.js
 $(AXE):
-	npm install --silent --no-audit --no-fund --prefix build/axe axe-core@4.14.1
+	NODE_EXTRA_CA_CERTS="$${NODE_EXTRA_CA_CERTS-$${SSL_CERT_FILE-}}" \
+	    npm install --loglevel error --no-audit --no-fund --prefix build/axe axe-core@4.14.1
 
 site-test: docs $(AXE)  ## Look at every page of the site; needs Chromium and npm
 	BILEVEL_SITE=$(CURDIR)/site BILEVEL_AXE=$(CURDIR)/$(AXE) $(BIN)/pytest $(PYTEST_ARGS) tests/browser
