@@ -40,7 +40,9 @@ def measure(steps: list[int], channels: int) -> dict[str, list[int]]:
     params, net = stateless(conv_strided(5, channels, seed=0))
     problem = FewShot(net, strength=20.0)
     outer = problem.initial_outer(params)
-    task = EpisodeSampler(glyphs(classes=20, seed=0), ways=5, shots=1, queries=10, tasks=2)(0)
+    task = EpisodeSampler(
+        glyphs(classes=20, seed=0), ways=5, shots=1, queries=10, tasks=2, rotations=True
+    )(0)
     table: dict[str, list[int]] = {}
     for name, method in METHODS.items():
         for count in steps:

@@ -51,7 +51,7 @@ class Setting:
         self.params = {name: p.detach() for name, p in self.params.items()}
         self.problem = FewShot(self.net, STRENGTH)
         pool = glyphs(classes=40, seed=0).to(device)
-        sampler = EpisodeSampler(pool, WAYS, 1, QUERIES, tasks=tasks)
+        sampler = EpisodeSampler(pool, WAYS, 1, QUERIES, tasks=tasks, rotations=True)
         self.batch: TaskBatch = sampler(0).to(device, dtype)
         self.tasks = self.batch.unstack()
 

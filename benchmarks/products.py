@@ -55,7 +55,9 @@ def few_shot(make: Callable[..., nn.Module], tasks: int, *, exact: bool = False)
     """The network of iMAML, as in the benchmark of the hypergradient."""
     module = make(WAYS, CHANNELS, init=INIT, seed=0)
     params, net = stateless(exact_norms(module) if exact else module)
-    sampler = EpisodeSampler(glyphs(classes=40, seed=0), WAYS, 1, QUERIES, tasks=tasks)
+    sampler = EpisodeSampler(
+        glyphs(classes=40, seed=0), WAYS, 1, QUERIES, tasks=tasks, rotations=True
+    )
     return FewShot(net, STRENGTH), {name: p.detach() for name, p in params.items()}, sampler(0)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from bilevel.experiments.few_shot import Accuracy, Settings, evaluate, make_job
+from bilevel.experiments.few_shot import Accuracy, Settings, held_out_accuracy, make_job
 from bilevel.experiments.results import Row, write_results
 from bilevel.pytree import PyTree
 
@@ -35,7 +35,7 @@ def measure(settings: Settings, weights: PyTree) -> list[Row]:
         chosen = replace(
             settings, eval_queries=queries, transductive=transductive, inner_steps=count
         )
-        found = Accuracy.of(evaluate(make_job(chosen), weights, lambda done: None))
+        found = Accuracy.of(held_out_accuracy(make_job(chosen), weights, lambda done: None))
         where = {"query_images": queries, "transductive": transductive, "inner_steps": count}
         rows.append(Row(where, "test_accuracy", round(found.mean, 4), round(found.interval, 4)))
         print(

@@ -40,7 +40,9 @@ def one_hypergradient(
     """One hypergradient, and the number of parameters."""
     params, net = stateless(conv_strided(5, channels, init="imaml", seed=0))
     problem = FewShot(net, strength=20.0)
-    batch = EpisodeSampler(glyphs(classes=40, seed=0), ways=5, shots=1, queries=5, tasks=tasks)(0)
+    batch = EpisodeSampler(
+        glyphs(classes=40, seed=0), ways=5, shots=1, queries=5, tasks=tasks, rotations=True
+    )(0)
     solver = GradientDescent(lr=0.01, max_steps=8)
     method = ImplicitCG(max_steps=5, rtol=0.0)
 

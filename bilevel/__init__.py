@@ -30,12 +30,13 @@ from .errors import (
     SolveError,
     StructureError,
 )
+from .flat import FlatProblem
 from .hypergradient import hypergradient
-from .inner_solver import InnerSolver
+from .inner_solver import InnerReport, InnerSolver
 from .kernels import Kernels
 from .level import Level, Variables
 from .linear_solver import LinearSolution, LinearSolver
-from .method import Estimate, HypergradientMethod, ImplicitMethod
+from .method import Estimate, HypergradientMethod, ImplicitMethod, Start
 from .minimize import Minimum, OuterStatus, OuterStep, minimize
 from .multilevel import MultiLevelGradient, MultiLevelProblem
 from .norms import exact_norms
@@ -45,7 +46,7 @@ from .problem import BilevelProblem, Structure, problem_from
 from .record import Record
 from .regularizer import Proximal
 from .result import Diagnostics, Hypergradient, SolveReport, State
-from .solve import InnerSolution, solve_inner
+from .solve import Evaluation, InnerSolution, evaluate, solve_inner
 from .stateless import stateless
 from .status import Status
 from .stream import Stream
@@ -66,13 +67,16 @@ __all__ = [
     "Diagnostics",
     "ErrorDrivenAccuracy",
     "Estimate",
+    "Evaluation",
     "Finding",
     "FixedAccuracy",
+    "FlatProblem",
     "Hypergradient",
     "HypergradientCheck",
     "HypergradientMethod",
     "ImplicitMethod",
     "InPlaceError",
+    "InnerReport",
     "InnerSolution",
     "InnerSolver",
     "Kernels",
@@ -98,6 +102,7 @@ __all__ = [
     "Smoothness",
     "SolveError",
     "SolveReport",
+    "Start",
     "State",
     "Status",
     "Stream",
@@ -114,6 +119,7 @@ __all__ = [
     "check_hypergradient",
     "compare",
     "doctor",
+    "evaluate",
     "exact_norms",
     "hypergradient",
     "minimize",

@@ -53,6 +53,7 @@ class OuterStatus(Enum):
 
     CONVERGED = "the hypergradient's norm is within the tolerance"
     MAX_STEPS = "the permitted outer steps are spent"
+    BUDGET = "the permitted gradients and products are spent"
     STALLED = "no step decreases the outer objective, as far as it can be evaluated"
     INACCURATE = "the solves could not be made accurate enough; raise the inner solver's budget"
     FAILED = "a solve failed at the next point; the last good one is returned"
@@ -125,6 +126,7 @@ def minimize(
     accuracy: AccuracyPolicy | None = None,
     tol: float = 1e-4,
     max_steps: int = 200,
+    budget: int | None = None,
     callback: Callable[[OuterStep], None] | None = None,
 ) -> Minimum:
     """Minimise the outer objective of a deterministic problem: the same tasks at every step.
@@ -139,6 +141,8 @@ def minimize(
         accuracy: How accurately to solve; default: `ErrorDrivenAccuracy()`.
         tol: Stop once the hypergradient's norm is within this fraction of the first one.
         max_steps: The most outer steps.
+        budget: Stop at the outer step at which gradients plus products of the inner objective come
+            to so many; None: no matter how many. The step before may exceed it.
         callback: Called after each step with its record.
 
     Raises:
@@ -176,8 +180,10 @@ def minimize(
         raise ValueError(f"`tol` is {tol}; pass a fraction in (0, 1)")
     if max_steps < 1:
         raise ValueError(f"`max_steps` is {max_steps}; take at least one step")
+    if budget is not None and budget < 1:
+        raise ValueError(f"`budget` is {budget}; permit at least one gradient, or pass None")
     run = _Run(problem, Outer.of(outer).cloned(), task, inner_solver, method)
-    return run.minimize(accuracy or ErrorDrivenAccuracy(), tol, max_steps, callback)
+    return run.minimize(accuracy or ErrorDrivenAccuracy(), tol, max_steps, budget, callback)
 
 
 @dataclass(frozen=True)
@@ -205,6 +211,7 @@ class _Run:
         accuracy: AccuracyPolicy,
         tol: float,
         max_steps: int,
+        budget: int | None,
         callback: Callable[[OuterStep], None] | None,
     ) -> Minimum:
         started = time.perf_counter()
@@ -240,6 +247,9 @@ class _Run:
             status = OuterStatus.CONVERGED if norm <= tol * first_norm else None
             if status is None and len(records) >= max_steps:
                 status = OuterStatus.MAX_STEPS
+            spent = self.counts["gradients"] + self.counts["products"]
+            if status is None and budget is not None and spent >= budget:
+                status = OuterStatus.BUDGET
             trial: tuple[Tensor, _Value, float] | None = None
             if status is None:
                 trial = self._search(x, u, here, pairs, control.tolerances)

@@ -23,8 +23,12 @@ from .stacking import randomness_message
 __all__ = ["probe"]
 
 
-def probe(flat: FlatProblem) -> None:
+def probe(flat: FlatProblem, *, whole: bool = True) -> None:
     """Evaluate the problem's functions once and check them; repeated only for new shapes.
+
+    Args:
+        flat: The problem.
+        whole: Look at the outer objective, too.
 
     Raises:
         ObjectiveError: A function returns something of the wrong kind, shape, dtype or device.
@@ -35,7 +39,7 @@ def probe(flat: FlatProblem) -> None:
     """
     signature = _signature(flat)
     seen: set[Any] = flat.stacking.probed
-    if signature in seen:
+    if (signature, whole) in seen or (signature, True) in seen:
         return
     problem = flat.problem
     # Copies: a function that writes to its arguments must not reach the user's tensors.
@@ -49,12 +53,15 @@ def probe(flat: FlatProblem) -> None:
         raise DependenceError(
             f"`{name}` does not depend on `inner`; compute it from its first argument"
         )
-    last = _evaluate(flat, "outer_objective", z, flat.tasks.outer_batch, "outer_batch", allowed)
-    if not last.requires_grad:
-        raise DependenceError(
-            "`outer_objective` depends neither on `inner` nor on `outer`: its value comes out of "
-            "`.detach()`, `.item()`, an argmax or torch.no_grad(); compute it from its arguments"
-        )
+    if whole:
+        batch = flat.tasks.outer_batch
+        last = _evaluate(flat, "outer_objective", z, batch, "outer_batch", allowed)
+        if not last.requires_grad:
+            raise DependenceError(
+                "`outer_objective` depends neither on `inner` nor on `outer`: its value comes out "
+                "of `.detach()`, `.item()`, an argmax or torch.no_grad(); compute it from its "
+                "arguments"
+            )
     if problem.regularizer is not None:
         for what in ("_center", "_strength"):
             _check_captured(getattr(flat, what), allowed, f"Proximal's {what[1:]}", flat)
@@ -62,7 +69,7 @@ def probe(flat: FlatProblem) -> None:
         _check_captured(flat.initial(), allowed, "initial_inner", flat)
     flat.counts.clear()
     flat.notes.clear()
-    seen.add(signature)
+    seen.add((signature, whole))
 
 
 def _evaluate(
@@ -94,6 +101,13 @@ def _evaluate(
         mismatch = _mismatch(arguments)
         if mismatch and _speaks_of_place(error):
             raise ObjectiveError(f"`{name}` failed: {_first_line(error)}: {mismatch}") from error
+        raise
+    except (TypeError, AttributeError) as error:
+        if batch is None:
+            raise ObjectiveError(
+                f"`{name}` failed: {_first_line(error)}: the task came without its `{batch_name}`; "
+                f"pass Task({batch_name}=...), if the objective reads its batch"
+            ) from error
         raise
     changed = [
         key
@@ -134,6 +148,8 @@ class _AttentionSeen(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+_ONE_DTYPE = "convert the data, `outer`, or what `initial_inner` returns, to one dtype"
+
 # The third derivatives of these are wrong in PyTorch (and only those).
 _NATIVE_NORMS = ("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm", "NativeLayerNorm")
 
@@ -151,7 +167,7 @@ def _checked(flat: FlatProblem, name: str, result: Any, arguments: dict[str, Ten
     if result.dtype != flat.vector.dtype:
         raise ObjectiveError(
             f"`{name}` returned {result.dtype} but `inner` is {flat.vector.dtype}"
-            f"{_because(arguments)}; convert the data or the outer variable to one dtype"
+            f"{_because(arguments)}; {_ONE_DTYPE}"
         )
     if result.device != flat.device:
         raise ObjectiveError(
@@ -176,7 +192,7 @@ def _checked_stationarity(flat: FlatProblem, tree: Any) -> Tensor:
     if vector.dtype != flat.vector.dtype:
         raise ObjectiveError(
             f"`stationarity` returned {vector.dtype} but `inner` is {flat.vector.dtype}; "
-            "convert the data or the outer variable to one dtype"
+            f"{_ONE_DTYPE}"
         )
     return vector
 
@@ -262,5 +278,5 @@ def _speaks_of_place(error: RuntimeError) -> bool:
     return any(word in str(error) for word in ("dtype", "device", "Float", "Double", "scalar type"))
 
 
-def _first_line(error: RuntimeError) -> str:
+def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0]

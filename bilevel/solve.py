@@ -1,10 +1,11 @@
-"""`solve_inner`: the inner problem alone."""
+"""`solve_inner`: the inner problem alone; `evaluate`: what its solution is worth."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .errors import ObjectiveError
@@ -19,7 +20,7 @@ from .rows import norm
 from .status import Status, members
 from .task import Task, TaskBatch
 
-__all__ = ["InnerSolution", "solve_inner"]
+__all__ = ["Evaluation", "InnerSolution", "evaluate", "solve_inner"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,19 @@ class InnerSolution:
         return all(status.ok for status in self.status)
 
 
+@dataclass(frozen=True)
+class Evaluation(InnerSolution):
+    """An inner solution, and the outer objective and metrics at it.
+
+    Attributes:
+        outer_value: f ``[tasks]``.
+        metrics: The problem's own metrics, ``[tasks]`` each.
+    """
+
+    outer_value: Tensor
+    metrics: dict[str, Tensor]
+
+
 def solve_inner(
     problem: BilevelProblem,
     outer: PyTree,
@@ -58,6 +72,9 @@ def solve_inner(
     state: State | None = None,
 ) -> InnerSolution:
     """Solve the inner problem of every task, without any graph.
+
+    The outer objective is not called, so that a task may come without its ``outer_batch``;
+    `evaluate` calls it.
 
     Args:
         problem: The bilevel problem.
@@ -83,6 +100,82 @@ def solve_inner(
         ... ).inner
         tensor([0.5000, 0.5000])
     """
+    return _solve(problem, outer, task, inner_solver, inner, state, whole=False)[0]
+
+
+def evaluate(
+    problem: BilevelProblem,
+    outer: PyTree,
+    task: Task | TaskBatch | Sequence[Task] | None = None,
+    *,
+    inner_solver: InnerSolver,
+    inner: PyTree = None,
+    state: State | None = None,
+) -> Evaluation:
+    """Solve the inner problem of every task, and evaluate outer objective and metrics there.
+
+    No gradient is taken of either: it is what to call on validation and test tasks.
+
+    Args:
+        problem: The bilevel problem.
+        outer: The outer variable, a pytree of floating tensors.
+        task: A `Task`, stacked tasks, or a list of tasks of any shapes; None: one without data.
+        inner_solver: The solver.
+        inner: A constant point to start from, as in `hypergradient`.
+        state: ``state`` of an earlier result on the same tasks.
+
+    Raises:
+        ObjectiveError: A user's function returns something of the wrong kind, or metrics of other
+            names for other shapes.
+        ValueError: An argument has the wrong kind, shape or value; it is named.
+
+    Example:
+        >>> import torch
+        >>> from bilevel import Proximal, evaluate, problem_from
+        >>> from bilevel.solvers import GradientDescent
+        >>> problem = problem_from(
+        ...     lambda z, x, batch: 0.5 * (z**2).sum(), lambda z, x, batch: z.sum(), Proximal(1.0)
+        ... )
+        >>> found = evaluate(
+        ...     problem, torch.ones(2), inner_solver=GradientDescent(lr=0.5, max_steps=1)
+        ... )
+        >>> found.outer_value
+        tensor([1.])
+    """
+    solution, parts = _solve(problem, outer, task, inner_solver, inner, state, whole=True)
+    values: list[tuple[int, Tensor]] = []
+    metrics: list[tuple[int, dict[str, Tensor]]] = []
+    for positions, flat, z in parts:
+        with torch.no_grad():
+            value, named = flat.evaluate(z)
+        named = flat.metrics(z) if named is None else named
+        values += zip(positions, value.detach(), strict=True)
+        for j, position in enumerate(positions):
+            metrics.append((position, {name: one[j] for name, one in named.items()}))
+    each = [one for _, one in sorted(metrics, key=lambda pair: pair[0])]
+    if any(one.keys() != each[0].keys() for one in each):
+        raise ObjectiveError(
+            f"`metrics` returned the names {sorted({tuple(sorted(one)) for one in each})} for "
+            "tasks of different shapes; return the same names for every task"
+        )
+    return Evaluation(
+        **vars(solution),
+        outer_value=torch.stack([one for _, one in sorted(values, key=lambda pair: pair[0])]),
+        metrics={name: torch.stack([one[name] for one in each]) for name in each[0]},
+    )
+
+
+def _solve(
+    problem: BilevelProblem,
+    outer: PyTree,
+    task: Task | TaskBatch | Sequence[Task] | None,
+    inner_solver: InnerSolver,
+    inner: PyTree,
+    state: State | None,
+    *,
+    whole: bool,
+) -> tuple[InnerSolution, list[tuple[list[int], FlatProblem, Tensor]]]:
+    """The solution; and for each stack the positions of its tasks, the problem, and the point."""
     if not isinstance(problem, BilevelProblem):
         raise ValueError(f"`problem` is a {type(problem).__name__}; pass a BilevelProblem")
     if not isinstance(inner_solver, InnerSolver):
@@ -94,15 +187,16 @@ def solve_inner(
             f"`state` holds {len(state.inner)} groups of tasks but `task` has {len(groups)}"
         )
     rows: list[tuple[int, PyTree, Status, Tensor, Tensor, Tensor]] = []
-    points, stacked = [], []
+    parts: list[tuple[list[int], FlatProblem, Tensor]] = []
+    stacked = []
     for i, one in enumerate(groups):
         flat = FlatProblem.of(problem, variable, one.tasks, one.inner)
-        probe(flat)
+        probe(flat, whole=whole)
         carry = inner_solver.solve(flat, None if state is None else state.inner[i])
         value, gradient = flat.value_and_gradient(carry.z)
         report = inner_solver.report(carry, norm(gradient), flat.notes.get("first_residual"))
         tree = flat.vector.unflatten(carry.z)
-        points.append(carry.z)
+        parts.append((one.positions, flat, carry.z))
         stacked.append(tree)
         for j, (position, status) in enumerate(
             zip(one.positions, members(report.status), strict=True)
@@ -115,14 +209,16 @@ def solve_inner(
         found = stacked[0]
     else:
         found = rows[0][1] if task is None or isinstance(task, Task) else list(columns[1])
-    return InnerSolution(
+    points = tuple(z for _, _, z in parts)
+    solution = InnerSolution(
         inner=found,
         status=tuple(columns[2]),
         residual=_stack(columns[3]),
         value=_stack(columns[4]),
         steps=_stack(columns[5]),
-        state=State(tuple(points), (None,) * len(points)),
+        state=State(points, (None,) * len(points)),
     )
+    return solution, parts
 
 
 def _stack(scalars: Sequence[Tensor]) -> Tensor:

@@ -117,7 +117,7 @@ def _job(ways: int, shots: int, channels: int, options: Options) -> Job:
     problem = FewShot(net, strength=40.0)
     outer: PyTree = problem.initial_outer(params)
     pool = glyphs(seed=0).to(device)
-    task: TaskBatch = EpisodeSampler(pool, ways, shots, shots, tasks=1)(0)
+    task: TaskBatch = EpisodeSampler(pool, ways, shots, shots, tasks=1, rotations=True)(0)
 
     def make(method: HypergradientMethod, steps: int) -> Callable[[], Hypergradient]:
         solver = GradientDescent(lr=0.01, max_steps=steps)

@@ -79,15 +79,15 @@ train_pool, validation_pool, test_pool = pool.split([60, 15, 25], seed=0)
 # support picture of each (*shots*), five query pictures of each. It is a function of the step, and
 # so any step can be repeated, on any device.
 #
-# Mind `rotations`: by default each kind is turned by a random multiple of 90°, which is customary
-# for Omniglot and makes four kinds of one. Where up and down mean something, switch it off.
+# Where up and down mean nothing, `rotations=True` turns each kind by a random multiple of 90°: it is
+# customary for Omniglot, and makes four kinds of one.
 
 # %%
 from bilevel.problems import EpisodeSampler
 
 
 def sampler(pool, tasks, seed):
-    return EpisodeSampler(pool, ways=5, shots=1, queries=5, tasks=tasks, seed=seed, rotations=False)
+    return EpisodeSampler(pool, ways=5, shots=1, queries=5, tasks=tasks, seed=seed)
 
 
 train = sampler(train_pool, tasks=4, seed=1)
@@ -173,23 +173,19 @@ trainer = Trainer(
 #
 # ## Before: how good is no learning?
 #
-# Accuracy on a task is that of its adapted parameters on its query pictures. The interval is 1.96
+# Accuracy on a task is that of its adapted parameters on its query pictures:
+# [`evaluate`][bilevel.evaluate] adapts to each task, and returns what the problem calls its metrics.
+# The interval is 1.96
 # standard errors over tasks; it says how well *this* $\theta$ is known to do, and nothing of
 # how another run would have ended.
 
 # %%
-from bilevel import solve_inner
+from bilevel import evaluate
 
 
 def accuracies(problem, theta, batch):
     """Of each task, after adapting to its support pictures, [tasks]."""
-    found = solve_inner(problem, theta, batch, inner_solver=solver)
-    values = []
-    for i, task in enumerate(batch.unstack()):
-        adapted = {name: value[i] for name, value in found.inner.items()}
-        with torch.no_grad():
-            values.append(problem.metrics(adapted, theta, task.outer_batch)["accuracy"])
-    return 100 * torch.stack(values)
+    return 100 * evaluate(problem, theta, batch, inner_solver=solver).metrics["accuracy"]
 
 
 def interval(values):
@@ -322,11 +318,11 @@ plt.close(figure)
 # result back into the module, which is an ordinary module again:
 
 # %%
-from bilevel import Task
+from bilevel import Task, solve_inner
 
 names = test_pool.names[:5]
 brought = (test_pool.images[:5, 0].float() / 255, torch.arange(5))  # scaled as by the sampler
-new_task = Task(inner_batch=brought, outer_batch=brought)  # the outer batch plays no part
+new_task = Task(inner_batch=brought)  # there is nothing to judge it by, and no need to
 found = solve_inner(problem, theta, new_task, inner_solver=solver)
 module.load_state_dict(found.inner)
 

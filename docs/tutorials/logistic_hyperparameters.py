@@ -17,7 +17,7 @@
 # poisonous. In the version of
 # [LIBSVM](https://www.csie.ntu.edu.tw/~cjlin/libsvmtools/datasets/) (Chang and Lin, 2011) they
 # have 21 properties, and one 0/1 column for each value of each property, 112 in all.
-# [`libsvm`][bilevel.problems.libsvm] reads the file, compressed or not.
+# [`libsvm`][bilevel.problems.data.libsvm.libsvm] reads the file, compressed or not.
 
 # %%
 import os

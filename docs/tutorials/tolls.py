@@ -170,7 +170,7 @@ print(f"total time {after.total_time:.3f}")
 # Now 24 nodes, 76 links and 528 pairs of origins and destinations: the network of LeBlanc, Morlok
 # and Pierskalla (1975), on which half a century of methods has been tried. It is no model of the
 # city as it is: the roads are few and stylised, and the places of the nodes are those of the
-# paper's diagram. [`tntp`][bilevel.problems.tntp] reads the files of
+# paper's diagram. [`tntp`][bilevel.problems.data.tntp.tntp] reads the files of
 # [Transportation Networks for Research](https://github.com/bstabler/TransportationNetworks).
 
 # %%

@@ -2,7 +2,7 @@
 
 from .job import Job, make_job
 from .learners import LEARNERS, Learner
-from .run import Accuracy, Watcher, evaluate, run
+from .run import Accuracy, Watcher, held_out_accuracy, run
 from .settings import Settings
 
 __all__ = [
@@ -12,7 +12,7 @@ __all__ = [
     "Learner",
     "Settings",
     "Watcher",
-    "evaluate",
+    "held_out_accuracy",
     "make_job",
     "run",
 ]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import bilevel
-from bilevel import Record, SolveError, Training, solve_inner
+from bilevel import Record, SolveError, Training, evaluate
 from bilevel.problems.data import DataError, pixel_nearest_neighbour
 from bilevel.pytree import PyTree, tree_map
 from bilevel.run_folder import (
@@ -41,7 +41,7 @@ from .pictures import learning_curve
 from .probe import probe
 from .settings import Settings
 
-__all__ = ["Accuracy", "Watcher", "evaluate", "mean_strength", "run"]
+__all__ = ["Accuracy", "Watcher", "held_out_accuracy", "mean_strength", "run"]
 
 _SAVE_SECONDS = 60.0
 
@@ -102,26 +102,21 @@ class Accuracy:
         return f"{100 * self.mean:.1f} ± {100 * self.interval:.1f} %"
 
 
-def evaluate(job: Job, outer: PyTree, advance: Callable[[int], None]) -> Tensor:
+def held_out_accuracy(job: Job, outer: PyTree, advance: Callable[[int], None]) -> Tensor:
     """Accuracy on each held-out task after adapting from ``outer``, ``[tasks]``.
 
     NaN where the inner solver failed.
     """
-    problem = job.test_problem
     if job.settings.plain_test and isinstance(outer, dict) and "theta" in outer:
         outer = outer["theta"]
     found = []
     for batch in job.held_out_tasks():
-        solution = solve_inner(problem, outer, batch, inner_solver=job.test_solver)
-        for i, task in enumerate(batch.unstack()):
-            inner = tree_map(lambda x, i=i: x[i], solution.inner)
-            with torch.no_grad():
-                metrics = problem.metrics(inner, outer, task.outer_batch)
-            accuracy = metrics["accuracy"].double().cpu()
-            usable = solution.status[i].usable
-            found.append(accuracy if usable else torch.full_like(accuracy, float("nan")))
+        solved = evaluate(job.test_problem, outer, batch, inner_solver=job.test_solver)
+        accuracy = solved.metrics["accuracy"].double().cpu()
+        usable = torch.tensor([status.usable for status in solved.status])
+        found.append(accuracy.where(usable, float("nan")))
         advance(len(batch))
-    return torch.stack(found)
+    return torch.cat(found)
 
 
 def run(
@@ -288,9 +283,9 @@ def _compare(
             if interrupted():
                 raise _Interrupted
 
-        values = {"trained": evaluate(job, outer, advance)}
+        values = {"trained": held_out_accuracy(job, outer, advance)}
         if baselines:
-            values["untrained"] = evaluate(job, before, advance)
+            values["untrained"] = held_out_accuracy(job, before, advance)
             nearest = [pixel_nearest_neighbour(batch) for batch in job.held_out_tasks()]
             values["nearest_neighbour"] = torch.cat(nearest)
     return {key: Accuracy.of(one) for key, one in values.items()}

@@ -195,12 +195,29 @@ def test_steps_run_out():
     assert len(found.steps) == 3
 
 
+def test_a_budget_ends_at_the_step_that_exceeds_it():
+    example = Ridge.example()
+    place = (example.problem, example.outer, example.task)
+    settings = {"inner_solver": LBFGS(max_steps=2000), "method": ImplicitCG(), "tol": 1e-6}
+    costs = [
+        step.counts["gradients"] + step.counts["products"]
+        for step in minimize(*place, **settings).steps
+    ]
+    assert len(costs) > 4
+    found = minimize(*place, **settings, budget=costs[2])
+    assert found.status is OuterStatus.BUDGET
+    assert costs[2] <= found.counts["gradients"] + found.counts["products"] < costs[4]
+    generous = minimize(*place, **settings, budget=10 * costs[-1])
+    assert generous.status is OuterStatus.CONVERGED
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"method": FirstOrder()}, "`method` is FirstOrder.*implicit"),
         ({"tol": 2.0}, "`tol` is 2.0"),
         ({"max_steps": 0}, "`max_steps` is 0"),
+        ({"budget": 0}, "`budget` is 0"),
         ({"inner_solver": 3}, "`inner_solver` is a int"),
     ],
 )

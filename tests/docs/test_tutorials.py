@@ -2,14 +2,12 @@
 
 import importlib.util
 import os
-import re
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from bilevel.registry import INNER_SOLVERS, LINEAR_SOLVERS, METHODS, PRECONDITIONERS, PROBLEMS
+from tests.printed import differences
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -18,54 +16,13 @@ script = importlib.util.module_from_spec(spec)
 sys.modules["script"] = script
 spec.loader.exec_module(script)
 SCRIPTS = script.scripts()
-NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
-
-
-def differences(printed: str, recorded: str, rtol: float = 2e-2) -> list[str]:
-    """Lines that differ in a word, or in a number by more than ``rtol`` and its last digit.
-
-    Rounding differs from one machine to the next, and the last digits of an iteration with it.
-    """
-    ours, theirs = printed.splitlines(), recorded.splitlines()
-    if len(ours) != len(theirs):
-        return [f"{len(ours)} lines, recorded were {len(theirs)}:\n{printed}"]
-    return [
-        f"printed   {a!r}\nrecorded  {b!r}"
-        for a, b in zip(ours, theirs, strict=True)
-        if not alike(a, b, rtol)
-    ]
-
-
-def alike(printed: str, recorded: str, rtol: float) -> bool:
-    words = [" ".join(NUMBER.sub(" # ", line).split()) for line in (printed, recorded)]
-    if words[0] != words[1]:
-        return False
-    pairs = zip(NUMBER.findall(printed), NUMBER.findall(recorded), strict=True)
-    return all(abs(float(a) - float(b)) <= rtol * abs(float(b)) + last_digit(b) for a, b in pairs)
-
-
-def last_digit(number: str) -> float:
-    """One unit of the last digit that was printed."""
-    mantissa, _, exponent = number.partition("e")
-    digits = len(mantissa.partition(".")[2])
-    return float(10 ** (int(exponent or 0) - digits)) if digits or exponent else 0.0
 
 
 def test_there_are_tutorials():
     assert len(SCRIPTS) >= 9
 
 
-@pytest.fixture
-def _as_it_was(monkeypatch):
-    """A script may set, or register, what holds for the whole process."""
-    for registry in (INNER_SOLVERS, LINEAR_SOLVERS, METHODS, PRECONDITIONERS, PROBLEMS):
-        monkeypatch.setattr(registry, "_classes", dict(registry._classes))
-    dtype = torch.get_default_dtype()
-    yield
-    torch.set_default_dtype(dtype)
-
-
-@pytest.mark.usefixtures("_as_it_was")
+@pytest.mark.usefixtures("as_it_was")
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_tutorial(path, tmp_path, monkeypatch):
     tutorial = script.Tutorial(path)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.printed import differences
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("bilevel", "bilevel.solvers", "bilevel.problems")
 BLOCK = re.compile(
@@ -39,6 +41,7 @@ def test_docstring_examples(name):
     assert result.failed == 0
 
 
+@pytest.mark.usefixtures("as_it_was")
 @pytest.mark.parametrize("page", PAGES)
 def test_page_examples(page, tmp_path, monkeypatch):
     """The blocks of a page run in order, share their names, and print what the page says."""
@@ -51,4 +54,5 @@ def test_page_examples(page, tmp_path, monkeypatch):
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             exec(compile(lines + block.group(1), str(page), "exec"), names)
         if block.group(2) is not None:
-            assert printed.getvalue() == block.group(2)
+            found = differences(printed.getvalue(), block.group(2))
+            assert not found, "\n".join(found)

@@ -36,8 +36,8 @@ def own_docstring(thing: object) -> str | None:
 
 def identifier(package: str, name: str) -> str:
     """How an API page names it; a module of the same name would be documented in its place."""
-    whole = f"{package}.{name}"
-    return f"{whole}.{name}" if importlib.util.find_spec(whole) else whole
+    module = getattr(getattr(importlib.import_module(package), name), "__module__", None) or ""
+    return f"{module if module.endswith(f'.{name}') else package}.{name}"
 
 
 @pytest.mark.parametrize("package", PACKAGES)

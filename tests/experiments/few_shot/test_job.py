@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import bilevel.problems.data as data
-from bilevel.experiments.few_shot import Accuracy, evaluate, make_job, run
+from bilevel.experiments.few_shot import Accuracy, held_out_accuracy, make_job, run
 from bilevel.problems import ImageClasses
 from bilevel.problems.data import DataError
 from bilevel.pytree import tree_leaves
@@ -85,11 +85,11 @@ def test_initial_values_are_those_of_the_rule(settings):
 
 def test_tasks_that_cannot_be_adapted_to_are_counted_and_score_nothing(settings):
     wild = make_job(settings("scratch", inner_lr=1e20, inner_steps=5))
-    found = Accuracy.of(evaluate(wild, wild.outer, lambda count: None))
+    found = Accuracy.of(held_out_accuracy(wild, wild.outer, lambda count: None))
     assert found.unusable == found.tasks == 5
     assert found.mean == 0.0
     tame = make_job(settings())
-    assert Accuracy.of(evaluate(tame, tame.outer, lambda count: None)).unusable == 0
+    assert Accuracy.of(held_out_accuracy(tame, tame.outer, lambda count: None)).unusable == 0
 
 
 @pytest.mark.parametrize(

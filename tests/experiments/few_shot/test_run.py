@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bilevel import SolveError
-from bilevel.experiments.few_shot import evaluate, make_job, run
+from bilevel.experiments.few_shot import held_out_accuracy, make_job, run
 from bilevel.run_folder import RunFolderError, read_metrics
 
 
@@ -122,7 +122,7 @@ def test_the_average_is_what_is_evaluated_and_saved(settings, tmp_path, watchers
 def test_plain_tests_ignore_the_regularizer(settings):
     job = make_job(settings("imaml-released", inner_steps=3))
     strong = make_job(settings("imaml", strength=50.0, inner_steps=3, inner_lr=0.001))
-    accuracy = evaluate(job, job.outer, lambda count: None)
+    accuracy = held_out_accuracy(job, job.outer, lambda count: None)
     assert accuracy.shape == (5,)
     assert strong.test_problem.strength == 50.0
     assert job.test_problem.strength == 0.0

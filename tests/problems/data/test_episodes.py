@@ -48,7 +48,7 @@ def read(batch):
     step=st.integers(0, 2**70),
 )
 def test_tasks_are_what_they_should_be(ways, shots, queries, tasks, seed, step):
-    sampler = EpisodeSampler(marked(6, 7), ways, shots, queries, tasks, seed=seed)
+    sampler = EpisodeSampler(marked(6, 7), ways, shots, queries, tasks, seed=seed, rotations=True)
     batch = sampler(step)
     images, labels = batch.inner_batch
     assert images.shape == (tasks, ways * shots, 1, 4, 4)
@@ -74,7 +74,7 @@ def test_tasks_are_what_they_should_be(ways, shots, queries, tasks, seed, step):
 
 
 def test_all_four_turns_occur_and_are_rotations():
-    batch = EpisodeSampler(marked(5, 4), 5, 1, 1, 40)(0)
+    batch = EpisodeSampler(marked(5, 4), 5, 1, 1, 40, rotations=True)(0)
     images = batch.inner_batch[0]
     assert turns(images).unique().tolist() == [0, 1, 2, 3]
     upright = marked(5, 4).images[0, 0, 0]
@@ -85,18 +85,18 @@ def test_all_four_turns_occur_and_are_rotations():
 
 
 def test_without_rotations_images_stay_upright():
-    batch = EpisodeSampler(marked(5, 4), 5, 1, 1, 10, rotations=False)(0)
+    batch = EpisodeSampler(marked(5, 4), 5, 1, 1, 10)(0)
     assert (turns(batch.inner_batch[0]) == 0).all()
 
 
 def test_a_step_depends_on_seed_and_step_alone():
     pool = marked(30, 6)
-    sampler = EpisodeSampler(pool, 5, 1, 2, 3, seed=4)
+    sampler = EpisodeSampler(pool, 5, 1, 2, 3, seed=4, rotations=True)
     first = sampler(11)
     state = torch.get_rng_state()
     for step in range(5):
         sampler(step)
-    again = EpisodeSampler(pool, 5, 1, 2, 3, seed=4)(11)
+    again = EpisodeSampler(pool, 5, 1, 2, 3, seed=4, rotations=True)(11)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(first.inner_batch[0], again.inner_batch[0])
     assert torch.equal(first.outer_batch[0], again.outer_batch[0])
@@ -156,9 +156,9 @@ def test_impossible_tasks_are_refused(changes, finding):
 
 def test_turning_needs_square_images():
     pool = ImageClasses(torch.zeros(2, 2, 1, 3, 4), ("a", "b"))
-    with pytest.raises(ValueError, match="rotations=False"):
-        EpisodeSampler(pool, 2, 1, 1, 1)
-    assert EpisodeSampler(pool, 2, 1, 1, 1, rotations=False)(0).inner_batch[0].shape[-1] == 4
+    with pytest.raises(ValueError, match="leave it False"):
+        EpisodeSampler(pool, 2, 1, 1, 1, rotations=True)
+    assert EpisodeSampler(pool, 2, 1, 1, 1)(0).inner_batch[0].shape[-1] == 4
 
 
 def test_negative_steps_are_refused():
@@ -189,7 +189,7 @@ def test_numbers_are_those_of_splitmix64():
 
 def test_every_class_example_and_turn_is_as_likely():
     pool = marked(8, 5)
-    sampler = EpisodeSampler(pool, 2, 1, 1, tasks=4000, seed=3)
+    sampler = EpisodeSampler(pool, 2, 1, 1, tasks=4000, seed=3, rotations=True)
     classes, examples, turned, _ = read(sampler(0))
     for values, kinds in ((classes, 8), (examples, 5), (turned, 4)):
         shares = torch.bincount(values.flatten(), minlength=kinds) / values.numel()
