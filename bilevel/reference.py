@@ -32,6 +32,7 @@ from .task import Task
 
 __all__ = ["DenseReference", "dense_hypergradient", "solved_outer_value", "to_float64"]
 
+_LAST_STEP = 1e-11
 _NEWTON_STEPS = 50
 _HALVINGS = 30
 
@@ -163,8 +164,8 @@ class _OneTask:
         return self.problem.outer_objective(self.unflatten(z), outer, self.outer_batch)
 
     def solve(self, z: Tensor) -> Tensor:
-        """Newton's method with halving until ‖F‖ no longer falls."""
-        z = z.detach()
+        """Newton's method with halving until ‖F‖ no longer falls, or z no longer moves."""
+        z = start = z.detach()
         best = float("inf")
         for _ in range(_NEWTON_STEPS):
             z = z.requires_grad_()
@@ -181,6 +182,9 @@ class _OneTask:
                     z = trial.detach()
                     break
             else:
+                break
+            # The step after this one would be the square of it, which no digit holds.
+            if direction.norm() <= _LAST_STEP * (z.norm() + (z - start).norm()):
                 break
         return z.detach()
 

@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 from bilevel import BilevelError, __version__
 
 from . import check, compare, doctor, listing, reproduce, train, train_roads
+from .importing import import_all
 
 __all__ = ["app"]
 
@@ -59,8 +60,16 @@ def _bilevel(
         typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show where an error came from.")] = False,
+    imports: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--import",
+            metavar="FILE.PY",
+            help="A file or module that registers classes of your own; may be repeated.",
+        ),
+    ] = None,
 ) -> None:
-    pass
+    import_all(imports)
 
 
 train.app.command("tolls")(train_roads.tolls)

@@ -526,9 +526,8 @@ for finding in diagnosis.findings:
 # registered with `@PROBLEMS.register("name")` from `bilevel.registry`, and that makes a small
 # instance of itself: a class method `example(*, tasks=None, dtype=torch.float64, seed=0)` that
 # returns an [`Example`][bilevel.problems.Example] with what is known, bounds on the curvature, and
-# the exact hypergradient where there is a formula. A command line that is started from a module
-# which imports yours then knows the name, as in `bilevel check name`, and every method is tested on
-# it.
+# the exact hypergradient where there is a formula. Then `bilevel --import my_problem.py check name`
+# knows it from the file that registers it.
 #
 # - [Bilevel problems](../concepts/problems.md): what an objective has to be, in short.
 # - [Checking a hypergradient](../concepts/checking.md) and [a preflight](../concepts/doctor.md).

@@ -14,7 +14,8 @@ from bilevel import (
     check_hypergradient,
     problem_from,
 )
-from bilevel.problems import Quadratic, Sinusoid
+from bilevel import reference as dense
+from bilevel.problems import FewShot, Quadratic, Sinusoid
 from bilevel.solvers import (
     DenseExact,
     FirstOrder,
@@ -206,3 +207,21 @@ def test_networks_are_checked_in_float32():
 
 def test_the_names_are_public():
     assert {"HypergradientCheck", "LeafCheck"} <= set(bilevel.__all__)
+
+
+@pytest.mark.parametrize("away", [0.0, 1e-3])
+def test_the_reference_stops_at_the_solution(away, monkeypatch):
+    """At rounding ‖F‖ goes on falling by its last digits, one Jacobian at a time."""
+    example = FewShot.example()
+    solved = bilevel.solve_inner(
+        example.problem, example.outer, example.task, inner_solver=example.inner_solver
+    ).inner
+    taken = []
+    jacobian = dense._jacobian
+    monkeypatch.setattr(dense, "_jacobian", lambda *a: taken.append(1) or jacobian(*a))
+    start = {name: value + away for name, value in solved.items()}
+    found = dense.dense_hypergradient(example.problem, example.outer, example.task, start)
+    assert len(taken) <= 6
+    assert found.residual < 1e-13
+    whole = torch.cat([solved[name].reshape(-1) for name in solved])
+    torch.testing.assert_close(found.inner, whole, rtol=0, atol=1e-10)

@@ -30,6 +30,67 @@ def test_list_shows_all_that_is_registered(invoke):
             assert registry[name].__name__ in done.output
 
 
+OWN = """
+from dataclasses import dataclass
+
+from bilevel import ImplicitMethod
+from bilevel.registry import METHODS
+from bilevel.solvers import CG
+
+
+@METHODS.register("mine")
+@dataclass(frozen=True)
+class Mine(ImplicitMethod):
+    'A method of my own.'
+
+    steps: int = 100
+
+    def _linear_solver(self):
+        return CG(self.steps, rtol=1e-10)
+"""
+
+
+@pytest.mark.usefixtures("as_it_was")
+def test_a_file_registers_what_is_its_own(invoke, tmp_path):
+    # Called as a module of the standard library is.
+    path = tmp_path / "random.py"
+    path.write_text(OWN)
+    done = invoke("--import", path, "check", "ridge", "--method", "mine")
+    assert done.exit_code == 0, done.output
+    assert "A method of my own" in invoke("list").output
+
+
+@pytest.mark.usefixtures("as_it_was")
+def test_a_module_registers_what_is_its_own(invoke, tmp_path, monkeypatch):
+    (tmp_path / "own_methods_of_a_test.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    done = invoke("--import", "own_methods_of_a_test", "check", "ridge", "--method", "mine")
+    assert done.exit_code == 0, done.output
+
+
+@pytest.mark.usefixtures("as_it_was")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nothing.py", "`--import` is 'nothing.py', and there is no such file"),
+        ("no_such_module", "`--import` is 'no_such_module', and there is no such module"),
+    ],
+)
+def test_what_cannot_be_imported_is_named(invoke, name, message):
+    done = invoke("--import", name, "list")
+    assert done.exit_code != 0
+    assert message in done.output
+
+
+@pytest.mark.usefixtures("as_it_was")
+def test_a_name_of_the_library_stays_its_own(invoke, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(OWN.replace('"mine"', '"cg"'))
+    done = invoke("--import", path, "list")
+    assert done.exit_code == 2
+    assert "cg" in done.output
+
+
 def test_options_become_what_they_say():
     texts = ["a=1", "b=1e-3", "c=true", "d=None", "e=Adam", "f = -2", "g=x=y"]
     assert parse_options(texts, "--option") == {
