@@ -7,8 +7,9 @@ with the synthetic rows $S$ and their targets $T$ as the outer variable (Wang, Z
 Efros, 2018; with ridge regression inside, Nguyen, Chen and Lee, 2021). With
 $H = S^\top S / m + \lambda I$
 
-$$W^\star = H^{-1} S^\top T / m, \quad H V = X^\top (XW^\star - Y) / N, \quad
-  \frac{dF}{dS} = -\tfrac1m \left[(SW^\star - T) V^\top + S V W^{\star\top}\right], \quad
+$$W^\star = H^{-1} S^\top T / m, \qquad H V = X^\top (XW^\star - Y) / N,$$
+
+$$\frac{dF}{dS} = -\tfrac1m \left[(SW^\star - T) V^\top + S V W^{\star\top}\right], \qquad
   \frac{dF}{dT} = \tfrac1m S V.$$
 """
 

@@ -7,8 +7,9 @@ With $\|W\|_2 = q < 1$ the map is a contraction: the fixed point is unique, and 
 $J_s = I - D_s W$ of $z_s - \tanh(\cdot)$, with $D_s = \mathrm{diag}(1 - z_s^2)$, satisfies
 $\|J_s - I\| \le q$ everywhere. It is not symmetric. With $J_s^\top v_s = C^\top (C z_s - y_s) / N$
 
-$$\frac{dF}{dW} = \sum_s D_s v_s z_s^\top, \quad \frac{dF}{dU} = \sum_s D_s v_s u_s^\top, \quad
-  \frac{dF}{db} = \sum_s D_s v_s, \quad \frac{dF}{dC} = \frac1N \sum_s (C z_s - y_s) z_s^\top.$$
+$$\frac{dF}{dW} = \sum_s D_s v_s z_s^\top, \quad \frac{dF}{dU} = \sum_s D_s v_s u_s^\top,$$
+
+$$\frac{dF}{db} = \sum_s D_s v_s, \quad \frac{dF}{dC} = \frac1N \sum_s (C z_s - y_s) z_s^\top.$$
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 r"""Data hyper-cleaning: one learned weight per training example, some of whose labels are wrong.
 
 $$g(x, W) = \frac1N \sum_i \sigma(x_i)\, \ell(W^\top a_i, y_i), \qquad
-  r(x, W) = \tfrac\lambda2 \|W\|^2, \qquad
-  f(x, W) = \frac1{N_v} \sum_j \ell(W^\top b_j, t_j)$$
+  r(x, W) = \tfrac\lambda2 \|W\|^2,$$
+
+$$f(x, W) = \frac1{N_v} \sum_j \ell(W^\top b_j, t_j)$$
 
 with the cross entropy $\ell$ of a softmax: Franceschi, Donini, Frasconi and Pontil (2017, section
 5.1), whose weights lie in [0, 1] by projection and here by the logistic function $\sigma$, as in

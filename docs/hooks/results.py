@@ -71,7 +71,7 @@ def _filled(match: re.Match[str], page: Any) -> str:
         if not path.with_suffix(".png").exists():
             raise FileNotFoundError(f"{page.file.src_uri}: there is no picture {name}.png")
         up = "../" * page.url.count("/")
-        return f'<img src="{up}results/{name}.png" alt="{html.escape(rest)}">'
+        return _picture(f"{up}results/{name}.png", rest)
     result = json.loads(path.read_text())
     if kind == "source":
         return _source(result)
@@ -117,6 +117,11 @@ def _check(check: dict[str, Any]) -> str:
     return f"- {mark}: {check['claim']} ({check['found']})"
 
 
+def _picture(path: str, alt: str) -> str:
+    """A picture that opens in its full size."""
+    return f'<a href="{path}"><img src="{path}" alt="{html.escape(alt)}"></a>'
+
+
 def _overview() -> str:
     rows = []
     for path in sorted(RESULTS.glob("*.json")):
@@ -135,8 +140,8 @@ def _section(result: dict[str, Any], title: str, page: Any) -> str:
     lines = [f"## {title}\n", _source(result) + "\n", data + "\n"]
     picture = RESULTS / f"{name}.png"
     if picture.exists():
-        alt = html.escape(f"{title}: the numbers of {name}.json, drawn")
-        lines.append(f'<img src="{up}results/{name}.png" alt="{alt}">\n')
+        alt = f"{title}: the numbers of {name}.json, drawn"
+        lines.append(_picture(f"{up}results/{name}.png", alt) + "\n")
     if len(rows) <= _TOO_LONG:
         lines.append(_numbers(rows))
     return "\n".join(lines)

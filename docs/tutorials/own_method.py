@@ -139,7 +139,10 @@ except ValueError as error:
 # gradient descent at the rate $\xi$, and differentiate *that step*, as if $w$ were a constant:
 #
 # $$
-# z(x) = w - \xi\, \partial_z g(x, w), \qquad
+# z(x) = w - \xi\, \partial_z g(x, w),
+# $$
+#
+# $$
 # \frac{d}{dx} f(x, z(x)) =
 # \partial_x f - \xi\, (\partial_x \partial_z g)^\top b
 # \qquad\text{with}\qquad b = \partial_z f(x, z) .

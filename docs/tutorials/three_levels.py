@@ -7,9 +7,11 @@
 # *optimised*, and the choices stand inside one another:
 #
 # $$
-# \min_{x}\; f\big(w^\star(x)\big)
-# \quad\text{where}\quad
-# d^\star(x) = \arg\min_{d}\; h\big(w^\star(x, d)\big)
+# \min_{x}\; f\big(w^\star(x)\big) ,
+# $$
+#
+# $$
+# \text{where}\quad d^\star(x) = \arg\min_{d}\; h\big(w^\star(x, d)\big)
 # \quad\text{and}\quad
 # w^\star(x, d) = \arg\min_{w}\; g(w, x, d) .
 # $$

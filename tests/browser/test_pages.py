@@ -91,6 +91,16 @@ def test_page(window, address, path, site, loaded_by_all):
     )
     assert not LEFT_OVER.search(text), LEFT_OVER.search(text)
 
+    cut = window.eval_on_selector_all(
+        'math[display="block"]',
+        """all => all.filter(m => m.checkVisibility()).filter(m => {
+            const ends = [...m.querySelectorAll('*')].map(x => x.getBoundingClientRect().right);
+            return Math.max(...ends) > m.getBoundingClientRect().right + 1;
+        }).map(m => m.textContent)""",
+    )
+    # A phone has to scroll some.
+    assert not cut or window.name == "phone"
+
     broken = window.eval_on_selector_all(
         "img", "all => all.filter(i => i.complete && !i.naturalWidth).map(i => i.src)"
     )
