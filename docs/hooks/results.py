@@ -149,6 +149,10 @@ def _section(result: dict[str, Any], title: str, page: Any) -> str:
 
 def _numbers(rows: list[dict[str, Any]]) -> str:
     settings = list(dict.fromkeys(key for row in rows for key in row["setting"]))
+    found = {key: {str(row["setting"].get(key, "")) for row in rows} for key in settings}
+    # What never changes is said once, and leaves room for what does.
+    same = [f"{key} {values.pop()}" for key, values in found.items() if len(values) == 1]
+    settings = [key for key, values in found.items() if values]
     head = [*settings, "metric", "value", "reference"]
     body = []
     for row in rows:
@@ -161,7 +165,8 @@ def _numbers(rows: list[dict[str, Any]]) -> str:
         body.append([*cells, row["metric"], value, known])
     if not any(line[-1] for line in body):
         head, body = head[:-1], [line[:-1] for line in body]
-    written = table(head, body, right=["value"])
+    written = f"In all rows: {', '.join(same)}.\n\n" if same else ""
+    written += table(head, body, right=["value"])
     if len(body) > _LONG:
         # Folded away: the picture says more.
         return '??? note "The numbers"\n\n' + textwrap.indent(written, "    ") + "\n"

@@ -50,6 +50,21 @@ def test_what_cannot_be_filled_is_refused(load, page, directive, error):
         load("results").on_page_markdown(directive, page=page)
 
 
+def test_what_never_changes_is_said_once(load):
+    rows = [
+        {
+            "setting": {"data": "omniglot", "ways": 5, "shots": shots},
+            "metric": "error",
+            "value": 0.5,
+        }
+        for shots in (1, 5)
+    ]
+    lines = load("results")._numbers(rows).splitlines()
+    assert lines[0] == "In all rows: data glyphs, ways 5."
+    assert lines[2] == "| shots | metric | value |"
+    assert lines[4] == "| 1 | error | 0.5 |"
+
+
 def test_a_results_file_that_is_shown_nowhere_is_refused(load, tmp_path):
     (tmp_path / "site" / "results").mkdir(parents=True)
     (tmp_path / "docs" / "results").mkdir(parents=True)
