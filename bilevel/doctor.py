@@ -605,6 +605,9 @@ def _numbers(facts: Facts, seconds: float) -> dict[str, str]:
         f"{low:.1e} to {high:.1e}, {definite}" + ("" if facts.whole else " at least, by Lanczos")
     )
     if result is not None:
-        told = ", ".join(f"{value} {key}" for key, value in result.diagnostics.counts.items())
+        told = ", ".join(
+            f"{value} {key if value != 1 else key[:-1]}"
+            for key, value in result.diagnostics.counts.items()
+        )
         out["cost"] = f"{seconds * 1e3:.1f} ms; {told}"
     return out

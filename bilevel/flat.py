@@ -101,9 +101,12 @@ class FlatProblem:
     """One bilevel problem with its outer variable and stacked tasks.
 
     Attributes:
-        outer: Outer leaves; they require grad where ``differentiable``.
+        problem: The user's problem.
+        outer: The outer variable, as ``outer.tree`` and its ``outer.leaves``; they require grad
+            where ``differentiable``.
         tasks: The stacked tasks.
         vector: Layout of the inner variable of one task.
+        stacking: How functions of one task are applied to all.
         start: The initial inner point ``[tasks, n]``, detached.
         start_is_constant: Whether it was given, rather than a function of ``outer``.
         step: The inner step whose batch is used; `LINEARISED` for residuals and linearisation.
@@ -447,7 +450,8 @@ class FlatProblem:
     def metrics(self, z: Tensor) -> dict[str, Tensor]:
         """The problem's own metrics, ``[tasks]`` each."""
         with torch.no_grad():
-            result = self._call("metrics", z.detach(), self.tasks.outer_batch)
+            # A copy: metrics are the user's, and the point is the result's.
+            result = self._call("metrics", z.detach().clone(), self.tasks.outer_batch)
         if not isinstance(result, dict):
             raise ObjectiveError(
                 f"`metrics` returned a {type(result).__name__}; return a dict of 0-d tensors"

@@ -242,6 +242,27 @@ def _start(state: State | None, i: int) -> Start:
     return Start(state.inner[i], state.adjoint[i], state.pairs[i] if state.pairs else None)
 
 
+def check_warm_start(flat: FlatProblem, name: str, value: Tensor | None) -> None:
+    """Raise where a part of a state is of other tasks.
+
+    Raises:
+        ValueError: It has another shape.
+    """
+    if value is not None and value.shape != flat.start.shape:
+        raise ValueError(
+            f"`state.{name}` is {tuple(value.shape)} but the tasks need "
+            f"{tuple(flat.start.shape)}; pass the state of a call on the same tasks"
+        )
+
+
+def warm_inner(flat: FlatProblem, inner: Tensor | None) -> Tensor | None:
+    """Where to start from: a task that failed left no point, and begins anew."""
+    check_warm_start(flat, "inner", inner)
+    if inner is None:
+        return None
+    return torch.where(all_finite(inner).unsqueeze(-1), inner, flat.start)
+
+
 def _group_hypergradient(
     problem: BilevelProblem,
     outer: Outer,
@@ -257,16 +278,8 @@ def _group_hypergradient(
     before = [tensor._version for tensor in data]
     flat = FlatProblem.of(problem, outer, one.tasks, one.inner, kernels)
     probe(flat)
-    for name, value in (("inner", start.inner), ("adjoint", start.adjoint)):
-        if value is not None and value.shape != flat.start.shape:
-            raise ValueError(
-                f"`state.{name}` is {tuple(value.shape)} but the tasks need "
-                f"{tuple(flat.start.shape)}; pass the state of a call on the same tasks"
-            )
-    if start.inner is not None:
-        # A task that failed leaves no point to start from; begin it anew.
-        finite = all_finite(start.inner).unsqueeze(-1)
-        start = replace(start, inner=torch.where(finite, start.inner, flat.start))
+    check_warm_start(flat, "adjoint", start.adjoint)
+    start = replace(start, inner=warm_inner(flat, start.inner))
     if per_task:
         flat = flat.expanded()
     assert one.tasks.weights is not None

@@ -141,8 +141,8 @@ def minimize(
         accuracy: How accurately to solve; default: `ErrorDrivenAccuracy()`.
         tol: Stop once the hypergradient's norm is within this fraction of the first one.
         max_steps: The most outer steps.
-        budget: Stop at the outer step at which gradients plus products of the inner objective come
-            to so many; None: no matter how many. The step before may exceed it.
+        budget: The most gradients plus products of the inner objective; None: no limit. Asked for
+            after each hypergradient, so that the last one may exceed it; one is always computed.
         callback: Called after each step with its record.
 
     Raises:
@@ -180,8 +180,8 @@ def minimize(
         raise ValueError(f"`tol` is {tol}; pass a fraction in (0, 1)")
     if max_steps < 1:
         raise ValueError(f"`max_steps` is {max_steps}; take at least one step")
-    if budget is not None and budget < 1:
-        raise ValueError(f"`budget` is {budget}; permit at least one gradient, or pass None")
+    if budget is not None and (type(budget) is not int or budget < 1):
+        raise ValueError(f"`budget` is {budget!r}; pass a number of gradients ≥ 1, or None")
     run = _Run(problem, Outer.of(outer).cloned(), task, inner_solver, method)
     return run.minimize(accuracy or ErrorDrivenAccuracy(), tol, max_steps, budget, callback)
 
@@ -334,8 +334,8 @@ class _Run:
             if solve:
                 # Where the budget binds, a corrected value is not to be trusted.
                 ok = ok and bool((norm(gradient) <= 10.0 * tolerances.inner).all())
-            with torch.no_grad():
-                value = flat.outer_value(z).double()
+            with torch.enable_grad():  # an objective may differentiate inside itself
+                value = flat.outer_value(z.detach().requires_grad_()).detach().double()
             adjoint = state.adjoint[i]
             if adjoint is not None:
                 value = value - dot(adjoint, gradient)

@@ -103,7 +103,7 @@ def _evaluate(
             raise ObjectiveError(f"`{name}` failed: {_first_line(error)}: {mismatch}") from error
         raise
     except (TypeError, AttributeError) as error:
-        if batch is None:
+        if batch is None and "NoneType" in str(error):
             raise ObjectiveError(
                 f"`{name}` failed: {_first_line(error)}: the task came without its `{batch_name}`; "
                 f"pass Task({batch_name}=...), if the objective reads its batch"
@@ -279,4 +279,4 @@ def _speaks_of_place(error: RuntimeError) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -184,7 +184,7 @@ class _OneTask:
             else:
                 break
             # The step after this one would be the square of it, which no digit holds.
-            if direction.norm() <= _LAST_STEP * (z.norm() + (z - start).norm()):
+            if (direction.abs() <= _LAST_STEP * (z.abs() + (z - start).abs())).all():
                 break
         return z.detach()
 

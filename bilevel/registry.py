@@ -43,7 +43,9 @@ class Registry(Generic[T]):
         """
 
         def add(cls: type[T]) -> type[T]:
-            if name in self._classes and self._classes[name].__qualname__ != cls.__qualname__:
+            # A module that is run again registers what it registered before.
+            known = self._classes.get(name, cls)
+            if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
                 raise ValueError(f"the {self.kind} '{name}' is registered already; choose another")
             self._classes[name] = cls
             return cls
@@ -68,7 +70,7 @@ class Registry(Generic[T]):
 
     def summary(self, name: str) -> str:
         """First line of the class's docstring."""
-        return (self[name].__doc__ or "").strip().splitlines()[0]
+        return (self[name].__doc__ or "").strip().partition("\n")[0]
 
     def name_of(self, cls: type[Any]) -> str | None:
         """The name of a registered class, or None."""

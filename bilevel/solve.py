@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .errors import ObjectiveError
+from .errors import InPlaceError, ObjectiveError
 from .flat import FlatProblem, Outer
-from .hypergradient import group
+from .hypergradient import group, warm_inner
 from .inner_solver import InnerSolver
 from .probe import probe
 from .problem import BilevelProblem
@@ -114,7 +114,10 @@ def evaluate(
 ) -> Evaluation:
     """Solve the inner problem of every task, and evaluate outer objective and metrics there.
 
-    No gradient is taken of either: it is what to call on validation and test tasks.
+    It is what to call on validation and test tasks. No hypergradient is computed, but the outer
+    objective is held to what `hypergradient` asks of it: a number that cannot be differentiated,
+    such as an accuracy, is one of the ``metrics``. A task whose outer objective is not finite is
+    NON_FINITE.
 
     Args:
         problem: The bilevel problem.
@@ -146,21 +149,36 @@ def evaluate(
     values: list[tuple[int, Tensor]] = []
     metrics: list[tuple[int, dict[str, Tensor]]] = []
     for positions, flat, z in parts:
-        with torch.no_grad():
-            value, named = flat.evaluate(z)
+        data = flat.tasks.tensors
+        before = [tensor._version for tensor in data]
+        with torch.enable_grad():  # an objective may differentiate inside itself
+            value, named = flat.evaluate(z.detach().clone().requires_grad_())
         named = flat.metrics(z) if named is None else named
+        if [tensor._version for tensor in data] != before:
+            raise InPlaceError(
+                "`outer_objective` or `metrics` changed a batch of its task in place; write to a "
+                "copy: `.clone()` it first"
+            )
         values += zip(positions, value.detach(), strict=True)
         for j, position in enumerate(positions):
             metrics.append((position, {name: one[j] for name, one in named.items()}))
     each = [one for _, one in sorted(metrics, key=lambda pair: pair[0])]
-    if any(one.keys() != each[0].keys() for one in each):
+    kinds = [{name: tuple(x.shape) for name, x in one.items()} for one in each]
+    if any(kind != kinds[0] for kind in kinds):
+        other = next(kind for kind in kinds if kind != kinds[0])
         raise ObjectiveError(
-            f"`metrics` returned the names {sorted({tuple(sorted(one)) for one in each})} for "
-            "tasks of different shapes; return the same names for every task"
+            f"`metrics` returned {kinds[0]} and {other} (names, and shapes) for tasks of different "
+            "shapes; return the same names for every task, and 0-d tensors"
         )
+    outer_value = torch.stack([one for _, one in sorted(values, key=lambda pair: pair[0])])
+    finite = outer_value.isfinite().tolist()
+    status = tuple(
+        one if good or not one.usable else Status.NON_FINITE
+        for one, good in zip(solution.status, finite, strict=True)
+    )
     return Evaluation(
-        **vars(solution),
-        outer_value=torch.stack([one for _, one in sorted(values, key=lambda pair: pair[0])]),
+        **vars(replace(solution, status=status)),
+        outer_value=outer_value,
         metrics={name: torch.stack([one[name] for one in each]) for name in each[0]},
     )
 
@@ -192,7 +210,8 @@ def _solve(
     for i, one in enumerate(groups):
         flat = FlatProblem.of(problem, variable, one.tasks, one.inner)
         probe(flat, whole=whole)
-        carry = inner_solver.solve(flat, None if state is None else state.inner[i])
+        start = warm_inner(flat, None if state is None else state.inner[i])
+        carry = inner_solver.solve(flat, start)
         value, gradient = flat.value_and_gradient(carry.z)
         report = inner_solver.report(carry, norm(gradient), flat.notes.get("first_residual"))
         tree = flat.vector.unflatten(carry.z)

@@ -33,7 +33,10 @@ def _alike(printed, shown, rtol):
     if words[0] != words[1]:
         return False
     pairs = zip(NUMBER.findall(printed), NUMBER.findall(shown), strict=True)
-    return all(abs(float(a) - float(b)) <= rtol * abs(float(b)) + _finest(b) for a, b in pairs)
+    return all(
+        abs(float(a) - float(b)) <= rtol * abs(float(b)) + min(_finest(a), _finest(b))
+        for a, b in pairs
+    )
 
 
 def _finest(number):

@@ -225,3 +225,16 @@ def test_the_reference_stops_at_the_solution(away, monkeypatch):
     assert found.residual < 1e-13
     whole = torch.cat([solved[name].reshape(-1) for name in solved])
     torch.testing.assert_close(found.inner, whole, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e6, 1e12])
+def test_the_reference_waits_for_the_smallest_entry(scale):
+    """z₀ is of size `scale`, z₁ solves exp(z₁) = 3x: dF/dx = 2 log(3x) / x."""
+
+    def inner(z, x, batch):
+        return 0.5 * (z[0] / scale - x[0]) ** 2 + z[1].exp() - 3 * x[0] * z[1]
+
+    problem = problem_from(inner, lambda z, x, b: z[1] ** 2, initial_inner=lambda x, b: z0)
+    x, z0 = torch.tensor([0.7], dtype=F64), torch.zeros(2, dtype=F64)
+    found = dense.dense_hypergradient(problem, x, Task(), z0)
+    torch.testing.assert_close(found.gradient[0], 2 * (3 * x).log() / x, rtol=1e-12, atol=0)

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from bilevel import (
+    InPlaceError,
     ObjectiveError,
     Proximal,
+    Status,
     Structure,
     Task,
     evaluate,
@@ -129,3 +131,88 @@ def test_metrics_have_the_same_names_for_every_shape():
             [regression(4, 0, 5), regression(4, 10, 6)],
             inner_solver=SOLVER,
         )
+
+
+def test_an_objective_may_differentiate_inside_itself():
+    def slope(z, x, batch):
+        (d,) = torch.autograd.grad((z**3).sum(), z, create_graph=True)
+        return (d**2).sum()
+
+    problem = problem_from(lambda z, x, batch: ((z - x) ** 2).sum(), slope, Proximal(1.0))
+    x = randn(2)
+    result = hypergradient(problem, x, inner_solver=SOLVER, method=ImplicitCG())
+    found = evaluate(problem, x, inner_solver=SOLVER)
+    torch.testing.assert_close(found.outer_value, result.outer_value)
+
+
+def test_a_value_that_is_not_finite_is_a_status():
+    problem = problem_from(
+        lambda z, x, batch: ((z - x) ** 2).sum(),
+        lambda z, x, batch: (z.sum() * batch - 1).sqrt(),
+        Proximal(1.0),
+    )
+    tasks = [Task(outer_batch=torch.tensor(v, dtype=torch.float64)) for v in (5.0, 0.0)]
+    found = evaluate(problem, torch.ones(2, dtype=torch.float64), tasks, inner_solver=SOLVER)
+    assert found.status[0].ok
+    assert found.status[1] is Status.NON_FINITE
+    assert not found.ok
+
+
+def test_a_state_of_other_tasks_is_refused():
+    tasks = [regression(4, seed) for seed in (0, 10, 20)]
+    state = solve_inner(fitting(), randn(3), Task.stack(tasks[:2]), inner_solver=SOLVER).state
+    with pytest.raises(ValueError, match=r"`state.inner` is \(2, 3\) but the tasks need \(3, 3\)"):
+        evaluate(fitting(), randn(3), Task.stack(tasks), inner_solver=SOLVER, state=state)
+
+
+def test_a_task_that_failed_begins_anew():
+    problem, task, x = fitting(), regression(4, 0), randn(3)
+    wild = solve_inner(problem, x, task, inner_solver=GradientDescent(1e200, 20))
+    assert wild.status == (Status.NON_FINITE,)
+    found = solve_inner(problem, x, task, inner_solver=SOLVER, state=wild.state)
+    torch.testing.assert_close(
+        found.inner, solve_inner(problem, x, task, inner_solver=SOLVER).inner
+    )
+
+
+def test_metrics_cannot_change_the_solution():
+    problem = problem_from(
+        lambda z, x, batch: ((z - x) ** 2).sum(),
+        lambda z, x, batch: z.sum(),
+        Proximal(1.0),
+        metrics=lambda z, x, batch: {"twice": z.mul_(2.0).sum()},
+    )
+    x = randn(2)
+    kept = solve_inner(problem, x, inner_solver=SOLVER).inner
+    found = evaluate(problem, x, inner_solver=SOLVER)
+    torch.testing.assert_close(found.inner, kept)
+    torch.testing.assert_close(found.state.inner[0][0], kept)
+
+
+def test_a_batch_that_is_changed_is_noticed():
+    calls = []
+
+    def counting(z, x, batch):
+        calls.append(1)
+        return z.sum() * (batch.mul_(2.0) if len(calls) > 2 else batch).sum()
+
+    problem = problem_from(lambda z, x, batch: ((z - x) ** 2).sum(), counting, Proximal(1.0))
+    with pytest.raises(InPlaceError, match="changed a batch"):
+        evaluate(problem, randn(2), Task(outer_batch=randn(1)), inner_solver=SOLVER)
+
+
+def test_metrics_of_other_shapes_are_named():
+    problem = fitting(metrics=lambda z, x, batch: {"residuals": batch[0] @ z - batch[1]})
+    tasks = [regression(4, 0, 5), regression(4, 10, 6)]
+    with pytest.raises(ObjectiveError, match=r"\(5,\).*\(6,\).*0-d tensors"):
+        evaluate(problem, randn(3), tasks, inner_solver=SOLVER)
+
+
+@pytest.mark.parametrize("error", [AttributeError("no attribute 'foo'"), TypeError()])
+def test_what_has_nothing_to_do_with_the_batch_is_passed_on(error):
+    def wrong(z, x, batch):
+        raise error
+
+    problem = problem_from(wrong, lambda z, x, batch: z.sum(), Proximal(1.0))
+    with pytest.raises(type(error)):
+        solve_inner(problem, randn(3), inner_solver=SOLVER)

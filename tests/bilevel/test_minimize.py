@@ -218,6 +218,8 @@ def test_a_budget_ends_at_the_step_that_exceeds_it():
         ({"tol": 2.0}, "`tol` is 2.0"),
         ({"max_steps": 0}, "`max_steps` is 0"),
         ({"budget": 0}, "`budget` is 0"),
+        ({"budget": float("nan")}, "`budget` is nan"),
+        ({"budget": "3"}, "`budget` is '3'"),
         ({"inner_solver": 3}, "`inner_solver` is a int"),
     ],
 )

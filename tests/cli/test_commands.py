@@ -74,18 +74,39 @@ def test_a_module_registers_what_is_its_own(invoke, tmp_path, monkeypatch):
     [
         ("nothing.py", "`--import` is 'nothing.py', and there is no such file"),
         ("no_such_module", "`--import` is 'no_such_module', and there is no such module"),
+        ("no_package.part", "`--import` is 'no_package.part', and there is no such module"),
+        (".relative", "`--import` is '.relative', and there is no such module"),
+        ("", "`--import` is '', and there is no such module"),
     ],
 )
 def test_what_cannot_be_imported_is_named(invoke, name, message):
     done = invoke("--import", name, "list")
-    assert done.exit_code != 0
+    assert done.exit_code == 2
     assert message in done.output
+
+
+@pytest.mark.usefixtures("as_it_was")
+def test_files_that_are_called_alike_and_their_neighbours(invoke, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        own = OWN.replace('"mine"', f"NAME_{folder}").replace("'A method of my own.'", "")
+        names = f"from names_of_a_test_{folder} import *\n"
+        (tmp_path / folder / "own.py").write_text(names + own)
+        (tmp_path / folder / f"names_of_a_test_{folder}.py").write_text(
+            f"NAME_{folder} = 'mine-{folder}'"
+        )
+    done = invoke("--import", "one/own.py", "--import", "two/own.py", "list")
+    assert done.exit_code == 0, done.output
+    assert "mine-one" in done.output
+    assert "mine-two" in done.output
 
 
 @pytest.mark.usefixtures("as_it_was")
 def test_a_name_of_the_library_stays_its_own(invoke, tmp_path):
     path = tmp_path / "mine.py"
-    path.write_text(OWN.replace('"mine"', '"cg"'))
+    # Not even a class of the same name takes it.
+    path.write_text(OWN.replace('"mine"', '"cg"').replace("class Mine", "class ImplicitCG"))
     done = invoke("--import", path, "list")
     assert done.exit_code == 2
     assert "cg" in done.output

@@ -47,6 +47,7 @@ def test_tutorial(path, tmp_path, monkeypatch):
         ("error 1.00e-03 after 8 steps", False),
         ("error 1.00e-03 after 7 step", False),
         ("error  1.00e-03 after 7 steps", True),
+        ("error 1.00e-02 after 7 steps", False),
         ("error 1.00e-03 after 7 steps\n", True),
         ("error 1.00e-03 after 7 steps\nmore", False),
     ],
