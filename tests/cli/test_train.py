@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import bilevel
-from bilevel.experiments.few_shot import Accuracy, Settings, evaluate, make_job
+from bilevel.experiments.few_shot import Accuracy, Settings, held_out_accuracy, make_job
 from bilevel.run_folder import read_metrics
 
 FILES = [
@@ -73,8 +73,8 @@ def test_the_weights_are_those_that_were_evaluated(train, tmp_path):
     job = make_job(
         Settings(ways=3, queries=2, tasks=2, channels=4, inner_steps=2, steps=3, eval_tasks=5)
     )
-    trained = Accuracy.of(evaluate(job, weights, lambda count: None))
-    before = Accuracy.of(evaluate(job, job.outer, lambda count: None))
+    trained = Accuracy.of(held_out_accuracy(job, weights, lambda count: None))
+    before = Accuracy.of(held_out_accuracy(job, job.outer, lambda count: None))
     assert trained.mean == pytest.approx(result["accuracy"]["trained"]["mean"], abs=1e-12)
     assert before.mean == pytest.approx(result["accuracy"]["untrained"]["mean"], abs=1e-12)
 
