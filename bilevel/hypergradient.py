@@ -278,8 +278,8 @@ def _group_hypergradient(
     before = [tensor._version for tensor in data]
     flat = FlatProblem.of(problem, outer, one.tasks, one.inner, kernels)
     probe(flat)
-    check_warm_start(flat, "adjoint", start.adjoint)
     start = replace(start, inner=warm_inner(flat, start.inner))
+    check_warm_start(flat, "adjoint", start.adjoint)
     if per_task:
         flat = flat.expanded()
     assert one.tasks.weights is not None
