@@ -53,7 +53,7 @@ def test_what_cannot_be_filled_is_refused(load, page, directive, error):
 def test_what_never_changes_is_said_once(load):
     rows = [
         {
-            "setting": {"data": "omniglot", "ways": 5, "shots": shots},
+            "setting": {"data": "glyphs", "ways": 5, "shots": shots},
             "metric": "error",
             "value": 0.5,
         }
