@@ -8,4 +8,7 @@ function reach() {
   }
 }
 
-new ResizeObserver(reach).observe(document.querySelector(".md-content"));
+const content = document.querySelector(".md-content");
+new ResizeObserver(reach).observe(content);
+// The theme puts a frame around each table, which may come later and move nothing.
+new MutationObserver(reach).observe(content, { childList: true, subtree: true });
