@@ -146,8 +146,7 @@ def evaluate(
         tensor([1.])
     """
     solution, parts = _solve(problem, outer, task, inner_solver, inner, state, whole=True)
-    values: list[tuple[int, Tensor]] = []
-    metrics: list[tuple[int, dict[str, Tensor]]] = []
+    rows: list[tuple[int, Tensor, dict[str, Tensor]]] = []
     for positions, flat, z in parts:
         data = flat.tasks.tensors
         before = [tensor._version for tensor in data]
@@ -159,10 +158,11 @@ def evaluate(
                 "`outer_objective` or `metrics` changed a batch of its task in place; write to a "
                 "copy: `.clone()` it first"
             )
-        values += zip(positions, value.detach(), strict=True)
         for j, position in enumerate(positions):
-            metrics.append((position, {name: one[j] for name, one in named.items()}))
-    each = [one for _, one in sorted(metrics, key=lambda pair: pair[0])]
+            of_task = {name: one[j] for name, one in named.items()}
+            rows.append((position, value[j].detach(), of_task))
+    rows.sort(key=lambda row: row[0])
+    each = [row[2] for row in rows]
     kinds = [{name: tuple(x.shape) for name, x in one.items()} for one in each]
     if any(kind != kinds[0] for kind in kinds):
         other = next(kind for kind in kinds if kind != kinds[0])
@@ -170,7 +170,7 @@ def evaluate(
             f"`metrics` returned {kinds[0]} and {other} (names, and shapes) for tasks of different "
             "shapes; return the same names for every task, and 0-d tensors"
         )
-    outer_value = torch.stack([one for _, one in sorted(values, key=lambda pair: pair[0])])
+    outer_value = torch.stack([row[1] for row in rows])
     finite = outer_value.isfinite().tolist()
     status = tuple(
         one if good or not one.usable else Status.NON_FINITE

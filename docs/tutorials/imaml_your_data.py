@@ -175,9 +175,8 @@ trainer = Trainer(
 #
 # Accuracy on a task is that of its adapted parameters on its query pictures:
 # [`evaluate`][bilevel.evaluate] adapts to each task, and returns what the problem calls its metrics.
-# The interval is 1.96
-# standard errors over tasks; it says how well *this* $\theta$ is known to do, and nothing of
-# how another run would have ended.
+# The interval is 1.96 standard errors over tasks; it says how well *this* $\theta$ is known to do,
+# and nothing of how another run would have ended.
 
 # %%
 from bilevel import evaluate

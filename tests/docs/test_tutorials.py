@@ -56,6 +56,21 @@ def test_what_counts_as_the_same(printed, same):
     assert (not differences(printed, "error 1.00e-03 after 7 steps\n")) == same
 
 
+@pytest.mark.parametrize(
+    ("printed", "same"),
+    [
+        ("cost 9 ms; 7 gradients\n----", True),
+        ("cost 9 ms;\n7 gradients\n--------", True),
+        ("cost 9 ms; 8 gradients\n----", False),
+        ("cost 9 ms; 7 products\n----", False),
+    ],
+)
+def test_what_counts_as_the_same_where_times_are_measured(printed, same):
+    shown = "cost 1.5 s; 7 gradients\n------"
+    assert (not differences(printed, shown, measured=True)) == same
+    assert differences(printed, shown)
+
+
 def test_a_record_of_another_script_is_refused(tmp_path):
     path = tmp_path / "one.py"
     path.write_text("# %% [markdown]\n# # Title\n\n# %%\nprint(1)\n")

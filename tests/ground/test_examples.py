@@ -15,7 +15,8 @@ from tests.printed import differences
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("bilevel", "bilevel.solvers", "bilevel.problems")
 BLOCK = re.compile(
-    r"^```python\n(.*?)^```(?:\n\n```text title=\"Output\"\n(.*?)^```)?",
+    r"^```python\n(.*?)^```"
+    r"(?:\n\n```text title=\"Output(, times of one machine)?\"\n(.*?)^```)?",
     flags=re.MULTILINE | re.DOTALL,
 )
 PAGES = [
@@ -53,6 +54,9 @@ def test_page_examples(page, tmp_path, monkeypatch):
         lines = "\n" * text.count("\n", 0, block.start(1))
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             exec(compile(lines + block.group(1), str(page), "exec"), names)
-        if block.group(2) is not None:
-            found = differences(printed.getvalue(), block.group(2))
+        measured, shown = block.group(2, 3)
+        if measured:
+            found = differences(printed.getvalue(), shown, measured=True)
             assert not found, "\n".join(found)
+        elif shown is not None:
+            assert printed.getvalue() == shown
